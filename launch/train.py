@@ -1,0 +1,53 @@
+"""Trains one settings file on any number of ranks.
+
+    python launch/train.py [--config FILE] [key=value ...]
+    horovodrun -np 4 python launch/train.py ...
+    mpiexec -n 4 python launch/train.py ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# Before TensorFlow is imported: its start-up notes, on every rank, say nothing to a user.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line, trains, and gives the exit code: 0, or 2 for bad settings."""
+    parser = argparse.ArgumentParser(description="Train a Keras model on any number of ranks.")
+    parser.add_argument("--config", default=DIGITS, help=f"settings file (default: {DIGITS})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="train.epochs=5")
+    parsed = parser.parse_args(arguments)
+
+    from orchestrator import runtime as runtimes
+    from orchestrator.config import SettingError, load
+    from orchestrator.training import start, train
+
+    runtime = None
+    try:
+        settings = load(parsed.config, parsed.overrides)
+        runtime = start(settings)
+        train(settings, runtime)
+    except SettingError as error:
+        if runtimes.launched_rank() == 0:
+            print(f"Settings error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        if runtime is not None:
+            # Other ranks may be waiting in a collective; they end with this one.
+            runtime.communicator.abort(1)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Keras 3 training on many ranks: the callbacks Keras users know, correct on any number of them.
+
+Importing this package touches no device, no MPI and no logger; `init` does, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator import callbacks
+    from orchestrator.config import SettingError, Settings
+    from orchestrator.runtime import Runtime, evaluate, init
+    from orchestrator.training import train
+
+__version__ = "0.1.0"
+
+__all__ = ["Runtime", "SettingError", "Settings", "callbacks", "evaluate", "init", "train"]
+
+_HOMES = {
+    "Runtime": "runtime",
+    "SettingError": "config",
+    "Settings": "config",
+    "evaluate": "runtime",
+    "init": "runtime",
+    "train": "training",
+}
+
+
+def __getattr__(name: str):
+    """Public names are resolved on first use, so that the import itself stays light (PEP 562)."""
+    if name == "callbacks":
+        return importlib.import_module("orchestrator.callbacks")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"orchestrator.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")

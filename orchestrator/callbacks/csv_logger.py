@@ -1,0 +1,78 @@
+"""`CSVLogger` on many ranks and any fsspec filesystem."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import keras
+import numpy as np
+
+from orchestrator import runtime as runtimes
+from orchestrator import storage
+from orchestrator.callbacks.global_metrics import insert_first
+
+
+class CSVLogger(keras.callbacks.CSVLogger):
+    """Writes each epoch's global logs as a line, from rank 0 alone; Keras's columns.
+
+    `filename` is a local path or any fsspec URL. The outcome of each write is shared (one small
+    broadcast an epoch), so that a full disk under rank 0 ends all ranks.
+
+    Raises:
+        NotImplementedError: `append=True`.
+    """
+
+    def __init__(self, filename: str, separator: str = ",", append: bool = False) -> None:
+        if append:
+            raise NotImplementedError(
+                "CSVLogger(append=True) is not there yet; leave append at False, and the file "
+                "is written anew."
+            )
+        super().__init__(filename, separator, append)
+
+    def set_model(self, model: keras.Model) -> None:
+        """Sees to it that logs are global."""
+        super().set_model(model)
+        self._runtime = runtimes.current()
+        self._runtime.prepare(model)
+        insert_first(self, model)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts the file."""
+        self.keys = None
+        self._runtime.on_root(self._open)
+
+    def _open(self) -> None:
+        self._lines = storage.Lines(self.filename)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds a line; the first epoch's names, sorted, are the columns."""
+        logs = logs or {}
+        first = self.keys is None
+        if first:
+            self.keys = sorted(logs)
+            if "learning_rate" not in self.keys:
+                self.keys.append("learning_rate")
+        values = {"learning_rate": _learning_rate(self.model), **logs}
+        row = [epoch, *(_cell(values.get(key, "NA")) for key in self.keys or [])]
+        rows = [["epoch", *(self.keys or [])], row] if first else [row]
+        self._runtime.on_root(lambda: self._write(rows))
+
+    def _write(self, rows: list[list[Any]]) -> None:
+        for row in rows:
+            text = io.StringIO()
+            csv.writer(text, delimiter=self.sep, lineterminator="").writerow(row)
+            self._lines.append(text.getvalue())
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Nothing is left open."""
+
+
+def _learning_rate(model: keras.Model) -> float:
+    return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+
+
+def _cell(value: Any) -> Any:
+    return value if np.ndim(value) == 0 else f'"[{", ".join(map(str, np.ravel(value)))}]"'

@@ -1,0 +1,78 @@
+"""`EarlyStopping` on many ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from orchestrator import decisions, weights
+from orchestrator.callbacks.monitor import Monitor
+
+
+class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
+    """Stops training on all ranks at one epoch; Keras's parameters, defaults and attributes.
+
+    The decision is made on every rank from the same global logs. With `restore_best_weights` the
+    best epoch's weights are kept on rank 0 alone, and at the end of training broadcast to every
+    rank (one message for each 64 MiB), whoever stopped it. Otherwise it does not communicate.
+
+    Unlike Keras's, a NaN is never an improvement, and any finite value improves on it.
+
+    Attributes:
+        restored_epoch: The epoch (from 0) whose weights were restored; `None` until then.
+    """
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts afresh, as Keras's does."""
+        super().on_train_begin(logs)
+        self._state = decisions.StopState()
+        self.restored_epoch: int | None = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Decides; on rank 0 copies the weights of a best epoch to host memory."""
+        improvement = self._improvement()
+        current = self.get_monitor_value(logs)
+        if current is None:
+            return
+        rule = decisions.StopRule(improvement, self.patience, self.baseline, self.start_from_epoch)
+        decision = decisions.early_stopping(rule, self._state, epoch, float(current))
+        self._adopt(decision.state)
+        if decision.keep and self.restore_best_weights and self._runtime.is_root:
+            self.best_weights = self.model.get_weights()
+        if decision.improved:
+            self._emit("best", epoch, monitor=self.monitor, value=float(current))
+        if decision.stop:
+            self.model.stop_training = True
+            self._emit(
+                "stop",
+                epoch,
+                monitor=self.monitor,
+                value=float(current),
+                best=self.best,
+                best_epoch=self.best_epoch,
+                patience=self.patience,
+            )
+
+    def _adopt(self, state: decisions.StopState) -> None:
+        """Shows the state under the names Keras gives it."""
+        self._state = state
+        self.best, self.wait, self.stopped_epoch = state.best, state.wait, state.stopped_epoch
+        self.best_epoch = state.best_epoch or 0
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Broadcasts the best weights to every rank."""
+        if self.stopped_epoch > 0:
+            self._say(f"Epoch {self.stopped_epoch + 1}: early stopping")
+        if not self.restore_best_weights or self._state.best_epoch is None:
+            return
+        self._say(
+            f"Restoring model weights from the end of the best epoch: {self.best_epoch + 1}."
+        )
+        mine = self.best_weights
+        if mine is None:
+            mine = [np.empty(w.shape, w.dtype) for w in self.model.get_weights()]
+        self.model.set_weights(weights.broadcast_arrays(self._runtime.communicator, mine))
+        self.restored_epoch = self.best_epoch
+        self._emit("restore", self.best_epoch, monitor=self.monitor, value=self.best)

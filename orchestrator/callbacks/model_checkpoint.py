@@ -1,0 +1,109 @@
+"""`ModelCheckpoint` on many ranks and any fsspec filesystem."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from orchestrator import decisions, metrics, storage
+from orchestrator.callbacks.monitor import Monitor, available
+from orchestrator.config import SettingError
+
+
+class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
+    """Saves the model from rank 0 alone, whole or not at all; Keras's parameters and defaults.
+
+    `filepath` is a local path or any fsspec URL, filled from global metrics. On a local disk the
+    file appears by one rename after fsync. Every rank decides from the same global logs; rank 0
+    writes and shares the outcome (one small broadcast a save), so that an error there is raised
+    on all ranks. With `save_freq` in batches the metrics so far are combined at each save (one
+    allreduce). Unlike Keras's, a NaN is never an improvement, and any finite value improves on it.
+
+    Raises:
+        SettingError: On every rank, from the first save: `filepath` names a metric that is not
+            there.
+    """
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Counts batches afresh."""
+        super().on_train_begin(logs)
+        self._batches = decisions.BatchCount()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves every `save_freq` batches."""
+        if self.save_freq == "epoch":
+            return
+        self._batches, due = decisions.batches_due(self._batches, batch, int(self.save_freq))
+        if due:
+            self._save(self._current_epoch, batch, self._global_logs(logs))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves, if it is time for it and, with `save_best_only`, if this epoch is the best."""
+        self._improvement()
+        if self.save_freq == "epoch":
+            self._save(epoch, None, logs or {})
+
+    def _global_logs(self, logs: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if self._runtime.size == 1:
+            return logs or {}
+        state = metrics.snapshot(self.model, logs)
+        (state,) = metrics.global_states(self._runtime.communicator, self.model, [state])
+        return metrics.results(self.model, state)
+
+    def _save(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> None:
+        filepath = self._get_file_path(epoch, batch, logs)
+        if self.save_best_only and not self._is_best(epoch, filepath, logs):
+            return
+        if not self.save_best_only:
+            self._say(f"\nEpoch {epoch + 1}: saving model to {filepath}")
+        self._runtime.on_root(lambda: storage.replace(filepath, self._write))
+        self._say(f"\nEpoch {epoch + 1}: finished saving model to {filepath}")
+        value = _scalar(logs.get(self.monitor))
+        self._emit("checkpoint", epoch, path=filepath, monitor=self.monitor, value=value)
+
+    def _write(self, path: str) -> None:
+        if self.save_weights_only:
+            self.model.save_weights(path, overwrite=True)
+        else:
+            self.model.save(path, overwrite=True)
+
+    def _is_best(self, epoch: int, filepath: str, logs: Mapping[str, Any]) -> bool:
+        """Decides, and remembers a new best. As Keras does, saves where it cannot tell."""
+        current = _scalar(logs.get(self.monitor))
+        if current is None:
+            warnings.warn(
+                f"Can save best model only with {self.monitor} available, as a scalar; saving. "
+                f"Available: {available(logs)}.",
+                stacklevel=2,
+            )
+            return True
+        best = "None" if self.best is None else f"{self.best:.5f}"
+        if not self._improvement()(current, self.best):
+            self._say(f"\nEpoch {epoch + 1}: {self.monitor} did not improve from {best}")
+            return False
+        self._say(
+            f"\nEpoch {epoch + 1}: {self.monitor} improved from {best} to {current:.5f}, "
+            f"saving model to {filepath}"
+        )
+        self.best = current
+        return True
+
+    def _get_file_path(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> str:
+        values = {"epoch": epoch + 1, **logs}
+        if batch is not None:
+            values.setdefault("batch", batch + 1)
+        try:
+            return self.filepath.format(**values)
+        except (KeyError, IndexError, ValueError) as error:
+            raise SettingError(
+                f"ModelCheckpoint's filepath={self.filepath!r} cannot be filled: {error!s}. "
+                f"Names it may use here: {available(values)}."
+            ) from None
+
+
+def _scalar(value: Any) -> float | None:
+    return float(value) if value is not None and np.ndim(value) == 0 else None

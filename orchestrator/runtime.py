@@ -1,0 +1,343 @@
+"""`init()` and the `Runtime` it returns: this process's place among the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import keras
+import tensorflow as tf
+
+from orchestrator import data, metrics, optimizer, steps, weights
+from orchestrator.communicators.base import Communicator
+from orchestrator.communicators.single import SingleCommunicator
+from orchestrator.config import BACKENDS, SettingError
+from orchestrator.events import Events
+
+T = TypeVar("T")
+
+_MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+_default: Runtime | None = None
+_thread = threading.local()
+
+
+class RootError(RuntimeError):
+    """Something only rank 0 does has failed there; raised on the other ranks."""
+
+
+class Runtime:
+    """The ranks, and what a Keras script needs from them. Made by `init`.
+
+    Attributes:
+        communicator: The collectives, for code of your own.
+        backend: `"horovod"`, `"mpi"`, `"mirrored"` or `"single"`.
+        seed: The seed every rank's Python, NumPy and TensorFlow generators began with.
+        strategy: The `tf.distribute.MirroredStrategy`, or `None`.
+        events: Where decisions are recorded; nowhere by default.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        *,
+        backend: str | None = None,
+        seed: int = 0,
+        strategy: tf.distribute.Strategy | None = None,
+        gradient_buckets: int = 1,
+    ) -> None:
+        self.communicator = communicator
+        self.backend = backend or communicator.name
+        self.seed = seed
+        self.strategy = strategy
+        self.events = Events()
+        self._buckets = gradient_buckets
+        self._said: set[str] = set()
+
+    @property
+    def rank(self) -> int:
+        """This process's number, 0 to `size - 1`."""
+        return self.communicator.rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes; 1 under MirroredStrategy, whatever the replicas."""
+        return self.communicator.size
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its host."""
+        return self.communicator.local_rank
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0."""
+        return self.communicator.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model: the ranks, or the strategy's replicas."""
+        return self.strategy.num_replicas_in_sync if self.strategy else self.size
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """MirroredStrategy's scope, or a context that does nothing; build and compile inside."""
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    def distribute(self, optimizer_: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+        """Makes a Keras optimizer average its gradients over all ranks; returns the same object.
+
+        Each rank counts by its samples in the step, so uneven parts give the gradient of the
+        global batch. Needs `broadcast(model)`. Does not communicate itself; each training step
+        then makes one grouped collective a bucket.
+        """
+        return optimizer.distribute(optimizer_, self.communicator, self._buckets)
+
+    def broadcast(self, model: keras.Model) -> None:
+        """Gives all ranks rank 0's weights and optimizer state; called by all ranks.
+
+        One message for each 64 MiB. A model not built yet is broadcast at its first step. Also
+        readies the model's steps: sample counts for `distribute`, the comparison of weights
+        after the first step, XLA off.
+        """
+        prepared = self.prepare(model)
+        if prepared is not None:
+            prepared.broadcast()
+
+    def prepare(self, model: keras.Model) -> steps.Steps | None:
+        """Readies a model's steps, once; `broadcast` and our callbacks call it."""
+        return steps.prepare(model, self.communicator, self.say_once)
+
+    samples = staticmethod(optimizer.samples)
+
+    def shard(
+        self, dataset: Any, *, batch_size: int | None = None, shuffle: bool = False
+    ) -> tf.data.Dataset:
+        """This rank's part of every global batch; called by all ranks. See `data.shard`.
+
+        Under MirroredStrategy Keras hands the parts to the replicas, and all of it is returned.
+        """
+        return data.shard(
+            dataset, self.communicator, batch_size=batch_size, shuffle=shuffle, seed=self.seed
+        )
+
+    def on_root(self, function: Callable[[], T]) -> T:
+        """Runs `function` on rank 0 and returns its result on every rank; called by all ranks.
+
+        Raises:
+            SettingError: On every rank, where rank 0 raised one.
+            RootError: On the other ranks, for any other exception of rank 0; rank 0 raises its own.
+        """
+        value: Any = None
+        error: Exception | None = None
+        if self.is_root:
+            try:
+                value = function()
+            except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
+                error = caught
+        told = (value, isinstance(error, SettingError), str(error) if error else None)
+        value, is_setting, message = self.communicator.broadcast_object(told)
+        if error is not None:
+            raise error
+        if message is not None:
+            raise SettingError(message) if is_setting else RootError(f"Rank 0 failed: {message}")
+        return value
+
+    def say(self, message: str) -> None:
+        """Prints a line, on rank 0 only."""
+        if self.is_root:
+            print(message, flush=True)
+
+    def say_once(self, message: str) -> None:
+        """Prints a line the first time it is given, on rank 0 only."""
+        if message not in self._said:
+            self._said.add(message)
+            self.say(message)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Runtime]:
+        """Makes this the calling thread's current runtime inside the block."""
+        previous = getattr(_thread, "runtime", None)
+        _thread.runtime = self
+        try:
+            yield self
+        finally:
+            _thread.runtime = previous
+
+    def close(self) -> None:
+        """Forgets that `init` was called, so that it can be called again."""
+        global _default
+        if _default is self:
+            _default = None
+
+
+def current() -> Runtime:
+    """The runtime of this thread, or of `init`; one of a single process where there is neither."""
+    return getattr(_thread, "runtime", None) or _default or Runtime(SingleCommunicator())
+
+
+def init(
+    backend: str = "auto",
+    *,
+    seed: int | None = None,
+    replicas: int | None = None,
+    deterministic: bool = False,
+    gradient_buckets: int = 1,
+) -> Runtime:
+    """Joins the ranks: chooses the backend, pins this rank's GPU, seeds; called by all, once.
+
+    Args:
+        backend: `"auto"` (default) takes what the launcher says: Horovod under `horovodrun`,
+            MPI under `mpiexec`, else MirroredStrategy with more than one GPU, else one process.
+        seed: Seeds Python, NumPy and TensorFlow, alike on all ranks. By default rank 0 draws one.
+        replicas: For `"mirrored"` only: how many replicas; all GPUs by default, and logical CPU
+            devices where there is no GPU.
+        deterministic: Makes TensorFlow's operations deterministic (slower). False by default.
+        gradient_buckets: Grouped collectives a training step, 1 by default.
+
+    Raises:
+        SettingError: An unknown backend, or `replicas` where they have no meaning.
+        RuntimeError: `init` was called before.
+        ImportError: The backend's library is missing.
+    """
+    global _default
+    if _default is not None:
+        raise RuntimeError(
+            f"orchestrator.init() was called before in this process (backend="
+            f"{_default.backend!r}); call it once, and pass the Runtime it returns around."
+        )
+    if backend not in BACKENDS:
+        raise SettingError(f"backend={backend!r} is unknown. Allowed: {', '.join(BACKENDS)}.")
+    if gradient_buckets < 1:
+        raise SettingError(f"gradient_buckets={gradient_buckets} is not allowed: 1 or more.")
+    gpus = visible_gpus()
+    chosen = detect(gpus) if backend == "auto" else backend
+    if replicas is not None and (chosen != "mirrored" or replicas < 1):
+        raise SettingError(
+            f"replicas={replicas} with backend={chosen!r} is not allowed: replicas are for "
+            "backend='mirrored', 1 or more."
+        )
+    communicator = _connect(chosen)
+    _pin_gpu(gpus, communicator.local_rank if communicator.size > 1 else None)
+    strategy = _mirror(gpus, replicas) if chosen == "mirrored" else None
+    seed = communicator.broadcast_object(random.SystemRandom().randrange(2**31) if seed is None else seed)
+    keras.utils.set_random_seed(seed)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    _default = Runtime(
+        communicator,
+        backend=chosen,
+        seed=seed,
+        strategy=strategy,
+        gradient_buckets=gradient_buckets,
+    )
+    if communicator.size > 1:
+        _abort_on_exception(communicator)
+    return _default
+
+
+def detect(gpus: int) -> str:
+    """The backend that the launcher's environment variables ask for."""
+    if "HOROVOD_RANK" in os.environ:
+        return "horovod"
+    if any(name in os.environ for name in _MPI_VARIABLES):
+        return "mpi"
+    return "mirrored" if gpus > 1 else "single"
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher's environment says, before anything is initialised."""
+    names = ("HOROVOD_RANK", *_MPI_VARIABLES)
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process may use, found without touching CUDA."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(glob.glob("/dev/nvidia[0-9]*"))
+    if allowed is None:
+        return present
+    return min(present, len([d for d in allowed.split(",") if d.strip() not in ("", "-1")]))
+
+
+def _connect(backend: str) -> Communicator:
+    if backend == "horovod":
+        from orchestrator.communicators.horovod import HorovodCommunicator
+
+        return HorovodCommunicator()
+    if backend == "mpi":
+        from orchestrator.communicators.mpi import MPICommunicator
+
+        return MPICommunicator()
+    return SingleCommunicator()
+
+
+def _pin_gpu(gpus: int, local_rank: int | None) -> None:
+    if gpus == 0:
+        # TensorFlow itself would look for a driver at its first operation.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        return
+    devices = tf.config.list_physical_devices("GPU")
+    if local_rank is not None:
+        if local_rank >= len(devices):
+            raise SettingError(
+                f"This host has {len(devices)} visible GPU(s) and a rank with local rank "
+                f"{local_rank}: start at most one rank a GPU, or hide the GPUs with "
+                "CUDA_VISIBLE_DEVICES=-1 to train on the CPU."
+            )
+        devices = [devices[local_rank]]
+        tf.config.set_visible_devices(devices, "GPU")
+    for device in devices:
+        tf.config.experimental.set_memory_growth(device, True)
+
+
+def _mirror(gpus: int, replicas: int | None) -> tf.distribute.Strategy:
+    if gpus:
+        count = gpus if replicas is None else replicas
+        if count > gpus:
+            raise SettingError(f"replicas={count} is not allowed: {gpus} GPU(s) are visible.")
+        return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
+    count = replicas or 1
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
+    )
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+
+
+def _abort_on_exception(communicator: Communicator) -> None:
+    """An exception nobody catches on one rank ends the job, so that the others don't wait."""
+    previous = sys.excepthook
+
+    def hook(kind: Any, value: Any, traceback: Any) -> None:
+        previous(kind, value, traceback)
+        communicator.abort(1)
+
+    sys.excepthook = hook
+
+
+def evaluate(model: keras.Model, part: Any, **options: Any) -> dict[str, float]:
+    """Evaluates on every rank's part and returns global results; called by all ranks.
+
+    Args:
+        model: Compiled.
+        part: This rank's data, as `Runtime.shard` gives it.
+        options: Passed on to `model.evaluate`; `verbose` is 0 by default.
+
+    Returns:
+        A number for each metric, the same on every rank; one collective in all.
+    """
+    runtime = current()
+    runtime.prepare(model)
+    options = {"verbose": 0, **options, "return_dict": True}
+    logs = model.evaluate(part, **options)
+    if runtime.size == 1:
+        return logs
+    state = metrics.snapshot(model, logs)
+    (state,) = metrics.global_states(runtime.communicator, model, [state])
+    return metrics.results(model, state)

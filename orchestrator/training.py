@@ -1,0 +1,227 @@
+"""`train(settings)`: the only file that knows all parts."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from orchestrator import callbacks as ours
+from orchestrator import runtime as runtimes
+from orchestrator import storage, weights
+from orchestrator.config import Settings, SettingError, nearest
+from orchestrator.events import RunDirectory
+from orchestrator.runtime import Runtime
+
+
+def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks.History:
+    """Trains as the settings say; called by all ranks.
+
+    Args:
+        settings: As `config.load` gives them.
+        runtime: Already made by `init`; by default `init` is called from `settings.run`.
+
+    Returns:
+        Keras's `History`, its `model` trained and the same on every rank.
+
+    Raises:
+        SettingError: On every rank, before training where it can be known by then.
+    """
+    runtime = runtime or start(settings)
+    check_batch(settings.train.global_batch_size, runtime)
+    load_data = imported("data.factory", settings.data.factory)
+    build_model = imported("model.factory", settings.model.factory)
+    makers = [_callback(entry, settings.run.dir) for entry in settings.callbacks]
+    directory = _open(settings, runtime)
+
+    training, validation = _call(
+        "data.factory",
+        settings.data.factory,
+        load_data,
+        global_batch_size=settings.train.global_batch_size,
+        seed=runtime.seed,
+        **settings.data.options,
+    )
+    with runtime.scope():
+        model = _call(
+            "model.factory", settings.model.factory, build_model, **settings.model.options
+        )
+        _check_compiled(model, settings.model.factory)
+        runtime.distribute(model.optimizer)
+    runtime.broadcast(model)
+    train_part = runtime.shard(training)
+    validation_part = None if validation is None else runtime.shard(validation)
+    runtime.say(_greeting(settings, runtime))
+    runtime.events.emit(
+        "start", epoch=None, step=0, rank=0, backend=runtime.backend, ranks=runtime.size,
+        replicas=runtime.replicas, seed=runtime.seed,
+    )
+    made = [make() for make in makers]
+    history = model.fit(
+        train_part,
+        validation_data=validation_part,
+        epochs=settings.train.epochs,
+        shuffle=False,  # datasets: shuffled already
+        verbose=2 if runtime.is_root else 0,
+        callbacks=[
+            *made,
+            ours.CSVLogger(storage.join(settings.run.dir, "history.csv")),
+        ],
+    )
+    stopper = next((c for c in made if isinstance(c, ours.EarlyStopping)), None)
+    restored = stopper.restored_epoch if stopper else None
+    _finish(settings, runtime, history, directory, restored)
+    return history
+
+
+def start(settings: Settings) -> Runtime:
+    """Calls `init` with what the settings say."""
+    return runtimes.init(
+        settings.run.backend,
+        seed=settings.run.seed,
+        replicas=settings.run.replicas,
+        deterministic=settings.run.deterministic,
+        gradient_buckets=settings.train.gradient_buckets,
+    )
+
+
+def check_batch(size: int, runtime: Runtime) -> None:
+    """Raises `SettingError` unless each rank or replica gets as many samples of a full batch."""
+    parts = runtime.replicas
+    if size % parts:
+        below, above = size // parts * parts, -(-size // parts) * parts
+        allowed = f"{below} or {above}" if below else f"{above}"
+        raise SettingError(
+            f"train.global_batch_size={size} is not divisible by the {parts} ranks or replicas. "
+            f"Nearest that are: {allowed}."
+        )
+
+
+def imported(key: str, path: str) -> Callable[..., Any]:
+    """The user's function behind `package.module:function`, or `SettingError`."""
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"{key}={path}: there is no module {error.name!r}. It is looked for in the working "
+            f"directory ({os.getcwd()}), beside the script, and among installed packages."
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and n[0] != "_"]
+        raise SettingError(f"{key}={path}: {module_name} has no function {name!r}.{nearest(name, names)}")
+    return function
+
+
+def _call(key: str, path: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise SettingError(
+            f"{key}={path} is called with {', '.join(arguments) or 'no arguments'}, and does "
+            f"not take them: {error}."
+        ) from None
+    return function(**arguments)
+
+
+def _check_compiled(model: Any, path: str) -> None:
+    if not isinstance(model, keras.Model) or getattr(model, "optimizer", None) is None:
+        raise SettingError(
+            f"model.factory={path} must return a compiled keras.Model, got {model!r}. Call "
+            "model.compile(optimizer=..., loss=...) in it."
+        )
+
+
+def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any]:
+    """A checked entry of `callbacks`, to be made once the model is there."""
+    names = [name for name in ours.__all__ if name != "GlobalMetrics"]
+    if len(entry) != 1:
+        raise SettingError(f"callbacks: each entry is one name with its arguments, got {entry}.")
+    ((name, arguments),) = entry.items()
+    if name not in names:
+        raise SettingError(f"callbacks: there is no {name!r}.{nearest(name, names)}")
+    kind = getattr(ours, name)
+    allowed = list(inspect.signature(kind.__init__).parameters)[1:]
+    for argument in arguments:
+        if argument not in allowed:
+            raise SettingError(f"callbacks: {name} takes no {argument!r}.{nearest(argument, allowed)}")
+    arguments = dict(arguments)
+    for key in ("filepath", "filename"):
+        if key in arguments:
+            arguments[key] = storage.join(folder, arguments[key])
+    try:
+        kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"callbacks: {name}({arguments}): {error}") from None
+    return lambda: kind(**arguments)
+
+
+def _open(settings: Settings, runtime: Runtime) -> RunDirectory | None:
+    """Makes the run directory, on rank 0."""
+    directories: list[RunDirectory] = []
+
+    def make() -> None:
+        try:
+            storage.write_text(storage.join(settings.run.dir, "config.yaml"), settings.dump())
+            directories.append(RunDirectory(settings.run.dir))
+        except (OSError, ValueError, ImportError) as error:
+            raise SettingError(
+                f"run.dir={settings.run.dir} cannot be written: {error}. Set run.dir to a "
+                "folder or URL that this user may write to."
+            ) from None
+
+    runtime.on_root(make)
+    if directories:
+        runtime.events = directories[0]
+        return directories[0]
+    return None
+
+
+def _greeting(settings: Settings, runtime: Runtime) -> str:
+    size = settings.train.global_batch_size
+    who = {
+        "single": "one process",
+        "mirrored": f"{runtime.replicas} replicas under MirroredStrategy",
+    }.get(runtime.backend, f"{runtime.size} ranks under {runtime.backend}")
+    return (
+        f"Training on {who}: {size} samples a step, {size // runtime.replicas} on each; "
+        f"at most {settings.train.epochs} epochs; seed {runtime.seed}; results in "
+        f"{settings.run.dir}"
+    )
+
+
+def _finish(
+    settings: Settings,
+    runtime: Runtime,
+    history: Any,
+    directory: RunDirectory | None,
+    restored: int | None,
+) -> None:
+    """Checks that the ranks agree on the end, records it, and says it in plain words."""
+    model = history.model
+    digests = runtime.communicator.allgather_object(weights.weights_digest(model))
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"The ranks end with different weights; digests by rank: {digests}.")
+    step, epoch = int(model.optimizer.iterations.numpy()), history.epoch[-1]
+    runtime.events.emit(
+        "end", epoch=epoch, step=step, rank=0, weights=digests[0], ranks_alike=len(digests)
+    )
+    if directory is not None:
+        directory.outcome(0, "finished", epoch, step)
+    kept = epoch if restored is None else restored
+    values = {k: v[kept] for k, v in history.history.items() if k.startswith("val_")}
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
+    runtime.say(
+        f"Done after {epoch + 1} epochs, {step} steps; the weights are those of epoch {kept + 1}"
+        f"{f' ({shown})' if shown else ''}, alike on all {runtime.size} rank(s) "
+        f"(digest {digests[0]}).\nResults: history.csv, events.jsonl, config.yaml and what the "
+        f"callbacks saved, in {settings.run.dir}"
+    )
