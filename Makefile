@@ -46,7 +46,9 @@ help:
 	@sed -n 's/^# \?//p;/^$$/q' Makefile
 
 train: setup
-	@$(BIN)/horovodrun -np $(NP) $(BIN)/python launch/train.py $(ARGS)
+	@# horovodrun itself imports TensorFlow twice, whose notes no setting silences.
+	@$(BIN)/horovodrun -np $(NP) $(BIN)/python launch/train.py $(ARGS) \
+		2> >(grep --line-buffered -vE '^(WARNING: All log messages before absl|I0000 |To enable the following instructions)' >&2)
 
 test: setup
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

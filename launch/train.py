@@ -1,8 +1,7 @@
-"""Trains one settings file on any number of ranks.
+"""Trains one settings file on any number of ranks, whatever launcher starts them.
 
-    python launch/train.py [--config FILE] [key=value ...]
-    horovodrun -np 4 python launch/train.py ...
-    mpiexec -n 4 python launch/train.py ...
+`python launch/train.py [--config FILE] [key=value ...]`, and the same after `horovodrun -np 4` or
+`mpiexec -n 4`.
 """
 
 from __future__ import annotations
@@ -10,12 +9,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
 # Before TensorFlow is imported: its start-up notes, on every rank, say nothing to a user.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow without its C++ start-up notes, which no setting keeps off stderr."""
+    with tempfile.TemporaryFile() as notes:
+        stderr = os.dup(2)
+        os.dup2(notes.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        except BaseException:
+            notes.seek(0)
+            os.write(stderr, notes.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -27,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="train.epochs=5")
     parsed = parser.parse_args(arguments)
 
+    _import_tensorflow()
     from orchestrator import runtime as runtimes
     from orchestrator.config import SettingError, load
     from orchestrator.training import start, train

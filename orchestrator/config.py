@@ -106,7 +106,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(tree, dict):
-        raise SettingError(f"--config {path} must hold settings by name, got {type(tree).__name__}.")
+        raise SettingError(
+            f"--config {path} must hold settings by name, got {type(tree).__name__}."
+        )
     for word in overrides:
         _override(tree, word)
     try:

@@ -59,15 +59,11 @@ def shard(
                 "shard() takes batch_size and shuffle for arrays only; a tf.data.Dataset is "
                 "shuffled and batched to the global batch size before it is passed in."
             )
-        signature = f"{data.cardinality().numpy()} global batches of {data.element_spec}"
-        make = _dataset_parts
-        arguments: tuple[Any, ...] = (data,)
+        signature = f"{int(data.cardinality())} global batches of {data.element_spec}"
     else:
         length = _length(data, batch_size)
         spec = tf.nest.map_structure(lambda a: f"{np.shape(a)[1:]} {np.asarray(a[:1]).dtype}", data)
         signature = f"{length} samples of {spec}"
-        make = _array_parts
-        arguments = (data, length, batch_size, shuffle, seed)
     signatures = communicator.allgather_object(signature)
     for rank, other in enumerate(signatures):
         if other != signatures[0]:
@@ -75,7 +71,10 @@ def shard(
                 "The ranks' data are not alike: every rank must pass the same global data to "
                 f"shard(). Rank 0 has {signatures[0]}; rank {rank} has {other}."
             )
-    return make(*arguments, communicator.rank, communicator.size)
+    if isinstance(data, tf.data.Dataset):
+        return _dataset_parts(data, communicator.rank, communicator.size)
+    order = _order(len(tf.nest.flatten(data)[0]), shuffle, seed).batch(batch_size)
+    return _array_parts(data, order, communicator.rank, communicator.size)
 
 
 def _dataset_parts(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
@@ -112,12 +111,14 @@ def _length(data: Any, batch_size: int | None) -> int:
     return lengths.pop()
 
 
-def _array_parts(
-    data: Any, length: int, batch_size: int, shuffle: bool, seed: int, rank: int, size: int
-) -> tf.data.Dataset:
+def _order(length: int, shuffle: bool, seed: int) -> tf.data.Dataset:
     order = tf.data.Dataset.range(length)
     if shuffle:
         order = order.shuffle(max(length, 1), seed=seed, reshuffle_each_iteration=True)
+    return order
+
+
+def _array_parts(data: Any, order: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
     tensors = tf.nest.map_structure(tf.convert_to_tensor, data)
 
     def own(indices: tf.Tensor) -> Any:
@@ -125,4 +126,4 @@ def _array_parts(
         mine = indices[begin : begin + count]
         return tf.nest.map_structure(lambda tensor: tf.gather(tensor, mine), tensors)
 
-    return order.batch(batch_size).map(own).prefetch(tf.data.AUTOTUNE)
+    return order.map(own).prefetch(tf.data.AUTOTUNE)

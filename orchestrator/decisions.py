@@ -70,9 +70,7 @@ class StopDecision(NamedTuple):
     stop: bool
 
 
-def early_stopping(
-    rule: StopRule, state: StopState, epoch: int, current: float
-) -> StopDecision:
+def early_stopping(rule: StopRule, state: StopState, epoch: int, current: float) -> StopDecision:
     """One epoch of early stopping, as `keras.callbacks.EarlyStopping.on_epoch_end` decides it."""
     if epoch < rule.start_from_epoch:
         return StopDecision(state, keep=False, improved=False, stop=False)
@@ -102,9 +100,7 @@ class PlateauRule:
     def reduced(self, learning_rate: float) -> float | None:
         """The rate after a cut, or `None` where it is at `min_lr` already."""
         # A rate read back from a float32 variable may lie a rounding above `min_lr`.
-        if learning_rate <= self.min_lr or math.isclose(
-            learning_rate, self.min_lr, rel_tol=1e-6
-        ):
+        if learning_rate <= self.min_lr or math.isclose(learning_rate, self.min_lr, rel_tol=1e-6):
             return None
         return max(learning_rate * self.factor, self.min_lr)
 
@@ -162,8 +158,8 @@ def batches_due(state: BatchCount, batch: int, every: int) -> tuple[BatchCount, 
     With `steps_per_execution` the numbers of the batches skip; a number that does not rise
     starts a new epoch.
     """
-    new_epoch = state.last_batch is None or batch <= state.last_batch
-    seen = batch + 1 if new_epoch else batch - state.last_batch  # pyright: ignore[reportOptionalOperand]
+    last = state.last_batch
+    seen = batch + 1 if last is None or batch <= last else batch - last
     since = state.since_save + seen
     due = since >= every
     return BatchCount(0 if due else since, batch), due

@@ -37,6 +37,7 @@ class RunDirectory(Events):
 
     def __init__(self, url: str) -> None:
         self.url = url
+        storage.remove(storage.join(url, "outcome.json"))
         self._events = storage.Lines(storage.join(url, "events.jsonl"))
 
     def emit(self, kind: str, *, epoch: int | None, step: int | None, rank: int, **values: Any):

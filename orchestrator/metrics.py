@@ -85,9 +85,7 @@ def _aggregation(model: keras.Model, variable: Any) -> str:
     kind = variable.aggregation
     if kind in ("sum", "mean", "only_first_replica"):
         return kind
-    owner = next(
-        (m.name for m in model.metrics if any(v is variable for v in m.variables)), "?"
-    )
+    owner = next((m.name for m in model.metrics if any(v is variable for v in m.variables)), "?")
     raise ValueError(
         f"Metric {owner!r} keeps the variable {variable.path!r} with aggregation={kind!r}, which "
         "does not say how the ranks' values combine. Allowed: 'sum', 'mean', "

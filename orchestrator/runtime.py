@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
-from orchestrator import data, metrics, optimizer, steps, weights
+from orchestrator import data, metrics, optimizer, steps
 from orchestrator.communicators.base import Communicator
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
@@ -223,9 +223,10 @@ def init(
             "backend='mirrored', 1 or more."
         )
     communicator = _connect(chosen)
-    _pin_gpu(gpus, communicator.local_rank if communicator.size > 1 else None)
+    _pin_gpu(gpus, communicator)
     strategy = _mirror(gpus, replicas) if chosen == "mirrored" else None
-    seed = communicator.broadcast_object(random.SystemRandom().randrange(2**31) if seed is None else seed)
+    drawn = random.SystemRandom().randrange(2**31) if seed is None else seed
+    seed = int(communicator.broadcast_object(drawn))
     keras.utils.set_random_seed(seed)
     if deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -277,20 +278,20 @@ def _connect(backend: str) -> Communicator:
     return SingleCommunicator()
 
 
-def _pin_gpu(gpus: int, local_rank: int | None) -> None:
+def _pin_gpu(gpus: int, communicator: Communicator) -> None:
     if gpus == 0:
         # TensorFlow itself would look for a driver at its first operation.
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         return
     devices = tf.config.list_physical_devices("GPU")
-    if local_rank is not None:
-        if local_rank >= len(devices):
+    if communicator.size > 1:
+        if communicator.local_size > len(devices):
             raise SettingError(
-                f"This host has {len(devices)} visible GPU(s) and a rank with local rank "
-                f"{local_rank}: start at most one rank a GPU, or hide the GPUs with "
-                "CUDA_VISIBLE_DEVICES=-1 to train on the CPU."
+                f"This host has {len(devices)} visible GPU(s) and {communicator.local_size} ranks: "
+                "start at most one rank a GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1 to "
+                "train on the CPU."
             )
-        devices = [devices[local_rank]]
+        devices = [devices[communicator.local_rank]]
         tf.config.set_visible_devices(devices, "GPU")
     for device in devices:
         tf.config.experimental.set_memory_growth(device, True)

@@ -51,6 +51,7 @@ class Steps:
 
     def _make_function(self, force: bool = False) -> Any:
         model = self._model
+        _refuse_sums(model)
         optimizers.settle(model.optimizer, self._communicator)
         if model.jit_compile:
             self._say(
@@ -98,6 +99,17 @@ class Steps:
             raise DivergedError(
                 f"After the first training step the ranks hold different numbers of variables: "
                 f"{lengths} (by rank). Every rank must build the same model."
+            )
+
+
+def _refuse_sums(model: keras.Model) -> None:
+    """Gradients are averaged by samples, which is wrong for a loss that is a sum over them."""
+    for loss in tf.nest.flatten(model.loss):
+        if getattr(loss, "reduction", None) == "sum":
+            raise ValueError(
+                f"The loss {loss.name!r} has reduction='sum', which is not supported on many "
+                "ranks: gradients are averaged by samples. Use 'sum_over_batch_size' (Keras's "
+                "default) and multiply the learning rate by the global batch size."
             )
 
 
@@ -156,9 +168,11 @@ def _batch_size(data: Any) -> tuple[Any, bool]:
 
 
 def _is_dense(data: Any) -> bool:
-    return all(leaf is None or tf.is_tensor(leaf) and not isinstance(
-        leaf, (tf.RaggedTensor, tf.SparseTensor)
-    ) for leaf in tf.nest.flatten(data))
+    return all(
+        leaf is None
+        or (tf.is_tensor(leaf) and not isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)))
+        for leaf in tf.nest.flatten(data)
+    )
 
 
 def _identity(data: Any) -> Any:

@@ -87,6 +87,13 @@ def write_text(url: str, text: str) -> None:
     replace(url, write)
 
 
+def remove(url: str) -> None:
+    """Removes a file, if it is there."""
+    fs, path = resolve(url)
+    if fs.exists(path):
+        fs.rm_file(path)
+
+
 class Lines:
     """A text file that grows by lines.
 

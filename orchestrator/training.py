@@ -14,7 +14,7 @@ import keras
 from orchestrator import callbacks as ours
 from orchestrator import runtime as runtimes
 from orchestrator import storage, weights
-from orchestrator.config import Settings, SettingError, nearest
+from orchestrator.config import SettingError, Settings, nearest
 from orchestrator.events import RunDirectory
 from orchestrator.runtime import Runtime
 
@@ -38,7 +38,24 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
     build_model = imported("model.factory", settings.model.factory)
     makers = [_callback(entry, settings.run.dir) for entry in settings.callbacks]
     directory = _open(settings, runtime)
+    try:
+        return _train(settings, runtime, load_data, build_model, makers, directory)
+    except Exception as error:
+        if directory is not None:
+            code = 2 if isinstance(error, SettingError) else 1
+            directory.outcome(code, f"{type(error).__name__}: {error}", None, None)
+        raise
 
+
+def _train(
+    settings: Settings,
+    runtime: Runtime,
+    load_data: Callable[..., Any],
+    build_model: Callable[..., Any],
+    makers: list[Callable[[], Any]],
+    directory: RunDirectory | None,
+) -> keras.callbacks.History:
+    """Assembles and fits; called by all ranks, `directory` on rank 0 alone."""
     training, validation = _call(
         "data.factory",
         settings.data.factory,
@@ -58,8 +75,14 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
     validation_part = None if validation is None else runtime.shard(validation)
     runtime.say(_greeting(settings, runtime))
     runtime.events.emit(
-        "start", epoch=None, step=0, rank=0, backend=runtime.backend, ranks=runtime.size,
-        replicas=runtime.replicas, seed=runtime.seed,
+        "start",
+        epoch=None,
+        step=0,
+        rank=0,
+        backend=runtime.backend,
+        ranks=runtime.size,
+        replicas=runtime.replicas,
+        seed=runtime.seed,
     )
     made = [make() for make in makers]
     history = model.fit(
@@ -117,7 +140,9 @@ def imported(key: str, path: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v) and n[0] != "_"]
-        raise SettingError(f"{key}={path}: {module_name} has no function {name!r}.{nearest(name, names)}")
+        raise SettingError(
+            f"{key}={path}: {module_name} has no function {name!r}.{nearest(name, names)}"
+        )
     return function
 
 
@@ -152,7 +177,9 @@ def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any
     allowed = list(inspect.signature(kind.__init__).parameters)[1:]
     for argument in arguments:
         if argument not in allowed:
-            raise SettingError(f"callbacks: {name} takes no {argument!r}.{nearest(argument, allowed)}")
+            raise SettingError(
+                f"callbacks: {name} takes no {argument!r}.{nearest(argument, allowed)}"
+            )
     arguments = dict(arguments)
     for key in ("filepath", "filename"):
         if key in arguments:

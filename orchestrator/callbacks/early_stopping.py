@@ -67,9 +67,7 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
             self._say(f"Epoch {self.stopped_epoch + 1}: early stopping")
         if not self.restore_best_weights or self._state.best_epoch is None:
             return
-        self._say(
-            f"Restoring model weights from the end of the best epoch: {self.best_epoch + 1}."
-        )
+        self._say(f"Restoring model weights from the end of the best epoch: {self.best_epoch + 1}.")
         mine = self.best_weights
         if mine is None:
             mine = [np.empty(w.shape, w.dtype) for w in self.model.get_weights()]
