@@ -24,7 +24,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 # TensorFlow's greetings, once a rank and process; its errors still show.
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 KIND := $(if $(filter-out 0 no false,$(GPU)),gpu,cpu)
 OTHER := $(if $(filter gpu,$(KIND)),cpu,gpu)

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         if runtimes.launched_rank() == 0:
             print(f"Settings error: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception:
+    except Exception:  # noqa: BLE001 - printed, and turned into the exit code
         traceback.print_exc()
         if runtime is not None:
             # Other ranks may be waiting in a collective; they end with this one.

@@ -137,8 +137,11 @@ def _override(tree: dict[str, Any], word: str) -> None:
 def _explain(problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        names = known_keys()
-        return f"{key} is not a setting.{nearest(key, names)}"
+        given = problem["input"]
+        while isinstance(given, dict) and given:
+            name, given = next(iter(given.items()))
+            key = f"{key}.{name}"
+        return f"{key} is not a setting.{nearest(key, known_keys())}"
     if problem["type"] == "missing":
         return f"{key} is not set, and it has no default. Add it to the file or as {key}=VALUE."
     if problem["type"] == "string_pattern_mismatch":

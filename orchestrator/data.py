@@ -53,38 +53,59 @@ def shard(
         ValueError: On every rank: elements are not batched, arrays differ in length, an argument
             is missing or out of place, or the ranks' data are not alike.
     """
+    rank, size = communicator.rank, communicator.size
+    try:
+        signature, problem = _signature(data, batch_size, shuffle), None
+    except ValueError as error:
+        signature, problem = "", str(error)
+    _compare(communicator.allgather_object((signature, problem)))
+    if isinstance(data, tf.data.Dataset):
+        return _dataset_parts(data, rank, size)
+    order = _order(len(tf.nest.flatten(data)[0]), shuffle, seed)
+    return _array_parts(data, order.batch(batch_size or 1), rank, size)
+
+
+def _signature(data: Any, batch_size: int | None, shuffle: bool) -> str:
+    """Checks one rank's data and says in words what must be alike on all ranks."""
     if isinstance(data, tf.data.Dataset):
         if batch_size is not None or shuffle:
             raise ValueError(
                 "shard() takes batch_size and shuffle for arrays only; a tf.data.Dataset is "
                 "shuffled and batched to the global batch size before it is passed in."
             )
-        signature = f"{int(data.cardinality())} global batches of {data.element_spec}"
-    else:
-        length = _length(data, batch_size)
-        spec = tf.nest.map_structure(lambda a: f"{np.shape(a)[1:]} {np.asarray(a[:1]).dtype}", data)
-        signature = f"{length} samples of {spec}"
-    signatures = communicator.allgather_object(signature)
-    for rank, other in enumerate(signatures):
-        if other != signatures[0]:
+        if any(leaf.shape.rank == 0 for leaf in tf.nest.flatten(data.element_spec)):
+            raise ValueError(
+                "shard() takes a dataset batched to the global batch size, got elements "
+                f"{data.element_spec}. Call dataset.batch(global_batch_size) first."
+            )
+        return f"{int(data.cardinality())} global batches of {data.element_spec}"
+    leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(data)]
+    if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
+        raise ValueError(
+            "shard() takes a tf.data.Dataset, or arrays that all have as many samples; got "
+            f"shapes {[leaf.shape for leaf in leaves]}."
+        )
+    if batch_size is None or batch_size < 1:
+        raise ValueError(
+            "shard() of arrays needs the global batch size: shard(arrays, batch_size=64). "
+            f"Got batch_size={batch_size}."
+        )
+    kinds = [f"{leaf.dtype}{leaf.shape[1:]}" for leaf in leaves]
+    return f"{len(leaves[0])} samples of {', '.join(kinds)} in batches of {batch_size}"
+
+
+def _compare(everyone: list[tuple[str, str | None]]) -> None:
+    for rank, (signature, problem) in enumerate(everyone):
+        if problem is not None:
+            raise ValueError(problem)
+        if signature != everyone[0][0]:
             raise ValueError(
                 "The ranks' data are not alike: every rank must pass the same global data to "
-                f"shard(). Rank 0 has {signatures[0]}; rank {rank} has {other}."
+                f"shard(). Rank 0 has {everyone[0][0]}; rank {rank} has {signature}."
             )
-    if isinstance(data, tf.data.Dataset):
-        return _dataset_parts(data, communicator.rank, communicator.size)
-    order = _order(len(tf.nest.flatten(data)[0]), shuffle, seed).batch(batch_size)
-    return _array_parts(data, order, communicator.rank, communicator.size)
 
 
 def _dataset_parts(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
-    leaves = tf.nest.flatten(dataset.element_spec)
-    if not leaves or any(leaf.shape.rank == 0 for leaf in leaves):
-        raise ValueError(
-            f"shard() takes a dataset batched to the global batch size, got elements "
-            f"{dataset.element_spec}. Call dataset.batch(global_batch_size) first."
-        )
-
     def own(*batch: Any) -> Any:
         batch = batch if len(batch) > 1 or isinstance(dataset.element_spec, tuple) else batch[0]
         first = tf.nest.flatten(batch)[0]
@@ -93,22 +114,6 @@ def _dataset_parts(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Da
         return tf.nest.map_structure(lambda leaf: leaf[begin : begin + count], batch)
 
     return dataset if size == 1 else dataset.map(own, num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _length(data: Any, batch_size: int | None) -> int:
-    leaves = tf.nest.flatten(data)
-    lengths = {len(leaf) for leaf in leaves if np.ndim(leaf) > 0}
-    if len(lengths) != 1 or any(np.ndim(leaf) == 0 for leaf in leaves):
-        raise ValueError(
-            "shard() takes a tf.data.Dataset or arrays that all have as many samples, got "
-            f"shapes {[np.shape(leaf) for leaf in leaves]}."
-        )
-    if batch_size is None or batch_size < 1:
-        raise ValueError(
-            f"shard() of arrays needs the global batch size: shard(arrays, batch_size=64). "
-            f"Got batch_size={batch_size}."
-        )
-    return lengths.pop()
 
 
 def _order(length: int, shuffle: bool, seed: int) -> tf.data.Dataset:
