@@ -107,11 +107,12 @@ def _compare(everyone: list[tuple[str, str | None]]) -> None:
 
 def _dataset_parts(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
     def own(*batch: Any) -> Any:
-        batch = batch if len(batch) > 1 or isinstance(dataset.element_spec, tuple) else batch[0]
-        first = tf.nest.flatten(batch)[0]
+        # A dataset of dicts or single tensors hands each over as one argument.
+        element: Any = batch if isinstance(dataset.element_spec, tuple) else batch[0]
+        first = tf.nest.flatten(element)[0]
         length = first.shape[0]
         begin, count = part(tf.shape(first)[0] if length is None else length, rank, size)
-        return tf.nest.map_structure(lambda leaf: leaf[begin : begin + count], batch)
+        return tf.nest.map_structure(lambda leaf: leaf[begin : begin + count], element)
 
     return dataset if size == 1 else dataset.map(own, num_parallel_calls=tf.data.AUTOTUNE)
 

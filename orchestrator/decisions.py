@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 Mode = Literal["min", "max"]
 
 
@@ -34,8 +36,14 @@ class Improvement:
         if reference is None or math.isnan(reference):
             return True
         if self.mode == "min":
-            return current + self.min_delta < reference
-        return current - self.min_delta > reference
+            return _single(current + self.min_delta) < _single(reference)
+        return _single(current - self.min_delta) > _single(reference)
+
+
+def _single(value: float) -> float:
+    """The nearest float32, as Keras compares: an accuracy of 6 in 10 is no more than 0.6."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import time
 from typing import Any
 
@@ -43,7 +44,7 @@ class RunDirectory(Events):
     def emit(self, kind: str, *, epoch: int | None, step: int | None, rank: int, **values: Any):
         """Appends one line to `events.jsonl`; NaN and infinities are written as strings."""
         record = {"time": time.time(), "epoch": epoch, "step": step, "rank": rank, "kind": kind}
-        self._events.append(json.dumps({**record, **{k: _finite(v) for k, v in values.items()}}))
+        self._events.append(json.dumps({**record, **{k: _plain(v) for k, v in values.items()}}))
 
     def outcome(self, exit_code: int, reason: str, epoch: int | None, step: int | None) -> None:
         """Writes `outcome.json`, whole."""
@@ -51,7 +52,12 @@ class RunDirectory(Events):
         storage.write_text(storage.join(self.url, "outcome.json"), json.dumps(record) + "\n")
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+def _plain(value: Any) -> Any:
+    """What JSON has for a value: NumPy's numbers are Python's, NaN and infinities strings."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, numbers.Integral):
+        return value if isinstance(value, int) else int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else str(float(value))
     return value

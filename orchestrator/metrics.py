@@ -100,8 +100,9 @@ def results(model: keras.Model, state: MetricState) -> dict[str, float]:
     """
     mapping = list(zip(model.metrics_variables, state.values, strict=True))
     with keras.StatelessScope(state_mapping=mapping):
-        values = model.get_metrics_result()
-    return {**{name: _number(value) for name, value in values.items()}, **state.extras}
+        # Read in the scope: a metric's `result()` may give the variable itself.
+        values = {name: _number(value) for name, value in model.get_metrics_result().items()}
+    return {**values, **state.extras}
 
 
 def _number(value: Any) -> Any:

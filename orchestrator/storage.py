@@ -99,16 +99,24 @@ class Lines:
 
     On a local disk a line is appended and flushed; elsewhere, where nothing can be appended
     portably, the file is put again whole.
+
+    Attributes:
+        empty: Whether the file holds nothing yet.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, *, keep: bool = False) -> None:
+        """Starts the file anew, or with `keep` goes on at the end of one that is there."""
         self._fs, self._path = resolve(url)
         self._text = ""
-        write_text(url, "")
+        if not (keep and self._fs.exists(self._path)):
+            write_text(url, "")
+        elif not isinstance(self._fs, LocalFileSystem):
+            self._text = self._fs.cat_file(self._path).decode()
+        self.empty = self._fs.size(self._path) == 0
 
     def append(self, line: str) -> None:
         """Adds one line."""
+        self.empty = False
         if isinstance(self._fs, LocalFileSystem):
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")

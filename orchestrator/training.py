@@ -139,7 +139,11 @@ def imported(key: str, path: str) -> Callable[..., Any]:
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and n[0] != "_"]
+        names = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module_name
+        ]
         raise SettingError(
             f"{key}={path}: {module_name} has no function {name!r}.{nearest(name, names)}"
         )

@@ -19,18 +19,7 @@ class CSVLogger(keras.callbacks.CSVLogger):
 
     `filename` is a local path or any fsspec URL. The outcome of each write is shared (one small
     broadcast an epoch), so that a full disk under rank 0 ends all ranks.
-
-    Raises:
-        NotImplementedError: `append=True`.
     """
-
-    def __init__(self, filename: str, separator: str = ",", append: bool = False) -> None:
-        if append:
-            raise NotImplementedError(
-                "CSVLogger(append=True) is not there yet; leave append at False, and the file "
-                "is written anew."
-            )
-        super().__init__(filename, separator, append)
 
     def set_model(self, model: keras.Model) -> None:
         """Sees to it that logs are global."""
@@ -45,7 +34,8 @@ class CSVLogger(keras.callbacks.CSVLogger):
         self._runtime.on_root(self._open)
 
     def _open(self) -> None:
-        self._lines = storage.Lines(self.filename)
+        self._lines = storage.Lines(self.filename, keep=self.append)
+        self.append_header = self._lines.empty
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds a line; the first epoch's names, sorted, are the columns."""
@@ -57,13 +47,14 @@ class CSVLogger(keras.callbacks.CSVLogger):
                 self.keys.append("learning_rate")
         values = {"learning_rate": _learning_rate(self.model), **logs}
         row = [epoch, *(_cell(values.get(key, "NA")) for key in self.keys or [])]
-        rows = [["epoch", *(self.keys or [])], row] if first else [row]
-        self._runtime.on_root(lambda: self._write(rows))
+        header = ["epoch", *(self.keys or [])] if first else None
+        self._runtime.on_root(lambda: self._write(header, row))
 
-    def _write(self, rows: list[list[Any]]) -> None:
-        for row in rows:
+    def _write(self, header: list[Any] | None, row: list[Any]) -> None:
+        rows = [header, row] if header and self.append_header else [row]
+        for cells in rows:
             text = io.StringIO()
-            csv.writer(text, delimiter=self.sep, lineterminator="").writerow(row)
+            csv.writer(text, delimiter=self.sep, lineterminator="").writerow(cells)
             self._lines.append(text.getvalue())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

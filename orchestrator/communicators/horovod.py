@@ -46,16 +46,16 @@ class HorovodCommunicator:
     def allreduce(self, array: np.ndarray, op: Op = "sum") -> np.ndarray:
         """One Horovod allreduce on the host."""
         with tf.device("/CPU:0"):
-            return self._hvd.allreduce(
+            result = self._hvd.allreduce(
                 tf.constant(array), op=self._ops[op], name="orchestrator.allreduce"
-            ).numpy()
+            )
+        return np.array(result)  # .numpy() of a scalar is no array
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> np.ndarray:
         """One Horovod broadcast on the host."""
         with tf.device("/CPU:0"):
-            return self._hvd.broadcast(
-                tf.constant(array), root, name="orchestrator.broadcast"
-            ).numpy()
+            result = self._hvd.broadcast(tf.constant(array), root, name="orchestrator.broadcast")
+        return np.array(result)
 
     def broadcast_object(self, obj: Any, root: int = 0) -> Any:
         """Two Horovod broadcasts: length and pickled bytes."""

@@ -42,7 +42,7 @@ class MPICommunicator:
 
     def allreduce(self, array: np.ndarray, op: Op = "sum") -> np.ndarray:
         """One MPI_Allreduce."""
-        array = np.ascontiguousarray(array)
+        array = np.array(array, order="C")  # ascontiguousarray would give a scalar an axis
         result = np.empty_like(array)
         self._world.Allreduce(array, result, self._ops[op])
         return result
