@@ -73,7 +73,9 @@ def _signature(data: Any, batch_size: int | None, shuffle: bool) -> str:
                 "shard() takes batch_size and shuffle for arrays only; a tf.data.Dataset is "
                 "shuffled and batched to the global batch size before it is passed in."
             )
-        if any(leaf.shape.rank == 0 for leaf in tf.nest.flatten(data.element_spec)):
+        shapes = [leaf.shape for leaf in tf.nest.flatten(data.element_spec)]
+        lengths = {shape[0] for shape in shapes if shape.rank} - {None}
+        if len(lengths) > 1 or any(shape.rank == 0 for shape in shapes):
             raise ValueError(
                 "shard() takes a dataset batched to the global batch size, got elements "
                 f"{data.element_spec}. Call dataset.batch(global_batch_size) first."

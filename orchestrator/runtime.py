@@ -111,6 +111,8 @@ class Runtime:
 
     def prepare(self, model: keras.Model) -> steps.Steps | None:
         """Readies a model's steps, once; `broadcast` and our callbacks call it."""
+        if self.strategy is not None:
+            steps.build_without_reading(model)
         return steps.prepare(model, self.communicator, self.say_once)
 
     samples = staticmethod(optimizer.samples)

@@ -59,7 +59,7 @@ class Steps:
                 "of gradients between ranks (compile with jit_compile=False to say so yourself)."
             )
             model.jit_compile = False
-        if self._broadcast_pending:
+        if self._broadcast_pending and model.built:
             self.broadcast()
         before = model.train_function
         self._make_train_function(force)
@@ -69,6 +69,9 @@ class Steps:
 
     def _self_testing(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def first_step(iterator: Any) -> Any:
+            if self._broadcast_pending:
+                _build(self._model, iterator)
+                self.broadcast()
             logs = function(iterator)
             self._model.train_function = function
             self.compare_weights()
@@ -111,6 +114,17 @@ def _refuse_sums(model: keras.Model) -> None:
                 "ranks: gradients are averaged by samples. Use 'sum_over_batch_size' (Keras's "
                 "default) and multiply the learning rate by the global batch size."
             )
+
+
+def _build(model: keras.Model, iterator: Any) -> None:
+    """Builds a model that Keras would build only while it traces the first step."""
+    if not hasattr(iterator, "element_spec"):
+        raise RuntimeError(
+            "This model is not built yet, so rank 0's weights cannot be broadcast before its first "
+            "step. Give it a keras.Input, call model.build(shape), or train it with model.fit."
+        )
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(iterator.element_spec)
+    model(tf.nest.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), x))
 
 
 def _explain(path: str, differing: list[int], everyone: list[dict[str, Any]]) -> str:
@@ -215,3 +229,28 @@ def prepare(
         steps = Steps(model, communicator, say)
         object.__setattr__(model, _ATTRIBUTE, steps)
     return steps
+
+
+def build_without_reading(model: keras.Model) -> None:
+    """Makes Keras build a model under a strategy from the data's spec instead of from a batch.
+
+    Keras would open one more pass over the data to look at its first batch. A seeded shuffle
+    then gives its second order in the first epoch, and the replicas train on other batches than
+    one process does.
+    """
+    own = model._maybe_symbolic_build
+
+    def build(iterator: Any = None, data_batch: Any = None) -> None:
+        dataset = getattr(iterator, "_distributed_dataset", None)
+        if dataset is None:
+            own(iterator=iterator, data_batch=data_batch)
+        else:
+            own(data_batch=tf.nest.map_structure(_of_one_replica, dataset.element_spec))
+
+    if not hasattr(own, "_orchestrator"):
+        build._orchestrator = True  # pyright: ignore[reportFunctionMemberAccess]
+        model._maybe_symbolic_build = build
+
+
+def _of_one_replica(spec: Any) -> Any:
+    return getattr(spec, "_value_specs", [spec])[0]

@@ -14,7 +14,7 @@ import keras
 from orchestrator import callbacks as ours
 from orchestrator import runtime as runtimes
 from orchestrator import storage, weights
-from orchestrator.config import SettingError, Settings, nearest
+from orchestrator.config import SettingError, Settings, UserFunction, nearest
 from orchestrator.events import RunDirectory
 from orchestrator.runtime import Runtime
 
@@ -56,23 +56,12 @@ def _train(
     directory: RunDirectory | None,
 ) -> keras.callbacks.History:
     """Assembles and fits; called by all ranks, `directory` on rank 0 alone."""
-    training, validation = _call(
-        "data.factory",
-        settings.data.factory,
-        load_data,
-        global_batch_size=settings.train.global_batch_size,
-        seed=runtime.seed,
-        **settings.data.options,
-    )
+    train_part, validation_part = _parts(settings, runtime, load_data)
     with runtime.scope():
-        model = _call(
-            "model.factory", settings.model.factory, build_model, **settings.model.options
-        )
+        model = _call("model", settings.model, build_model)
         _check_compiled(model, settings.model.factory)
         runtime.distribute(model.optimizer)
     runtime.broadcast(model)
-    train_part = runtime.shard(training)
-    validation_part = None if validation is None else runtime.shard(validation)
     runtime.say(_greeting(settings, runtime))
     runtime.events.emit(
         "start",
@@ -150,13 +139,37 @@ def imported(key: str, path: str) -> Callable[..., Any]:
     return function
 
 
-def _call(key: str, path: str, function: Callable[..., Any], **arguments: Any) -> Any:
+def _parts(settings: Settings, runtime: Runtime, load_data: Callable[..., Any]) -> tuple[Any, Any]:
+    """This rank's parts of the training and the validation data, the latter perhaps `None`."""
+    given = {"global_batch_size": settings.train.global_batch_size, "seed": runtime.seed}
+    loaded = _call("data", settings.data, load_data, **given)
+    if not isinstance(loaded, tuple) or len(loaded) != 2:
+        raise SettingError(
+            f"data.factory={settings.data.factory} must return (training, validation), "
+            f"validation perhaps None; got {type(loaded).__name__}."
+        )
+    training, validation = loaded
+    try:
+        return runtime.shard(training), None if validation is None else runtime.shard(validation)
+    except ValueError as error:
+        raise SettingError(f"data.factory={settings.data.factory}: {error}") from None
+
+
+def _call(section: str, user: UserFunction, function: Callable[..., Any], **given: Any) -> Any:
+    """Calls a function of the user's with what is given and its own options."""
+    for name in user.options:
+        if name in given:
+            raise SettingError(
+                f"{section}.options.{name} is not allowed: {name} is given to {user.factory} "
+                "already, from run.seed and train.global_batch_size."
+            )
+    arguments = {**given, **user.options}
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise SettingError(
-            f"{key}={path} is called with {', '.join(arguments) or 'no arguments'}, and does "
-            f"not take them: {error}."
+            f"{section}.factory={user.factory} is called with "
+            f"{', '.join(arguments) or 'no arguments'}, and does not take them: {error}."
         ) from None
     return function(**arguments)
 
@@ -187,7 +200,7 @@ def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any
     arguments = dict(arguments)
     for key in ("filepath", "filename"):
         if key in arguments:
-            arguments[key] = storage.join(folder, arguments[key])
+            arguments[key] = storage.join(folder, str(arguments[key]))
     try:
         kind(**arguments)
     except (TypeError, ValueError) as error:

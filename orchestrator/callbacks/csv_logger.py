@@ -12,6 +12,7 @@ import numpy as np
 from orchestrator import runtime as runtimes
 from orchestrator import storage
 from orchestrator.callbacks.global_metrics import insert_first
+from orchestrator.callbacks.monitor import learning_rate
 
 
 class CSVLogger(keras.callbacks.CSVLogger):
@@ -42,10 +43,10 @@ class CSVLogger(keras.callbacks.CSVLogger):
         logs = logs or {}
         first = self.keys is None
         if first:
-            self.keys = sorted(logs)
+            self.keys = _columns(sorted(logs))
             if "learning_rate" not in self.keys:
                 self.keys.append("learning_rate")
-        values = {"learning_rate": _learning_rate(self.model), **logs}
+        values = {"learning_rate": learning_rate(self.model.optimizer), **logs}
         row = [epoch, *(_cell(values.get(key, "NA")) for key in self.keys or [])]
         header = ["epoch", *(self.keys or [])] if first else None
         self._runtime.on_root(lambda: self._write(header, row))
@@ -61,8 +62,11 @@ class CSVLogger(keras.callbacks.CSVLogger):
         """Nothing is left open."""
 
 
-def _learning_rate(model: keras.Model) -> float:
-    return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+def _columns(names: list[str]) -> list[str]:
+    """As in Keras, columns for a validation that the first epoch has not had."""
+    if any(name.startswith("val_") for name in names):
+        return names
+    return names + [f"val_{name}" for name in names if not name.startswith("learning_rate")]
 
 
 def _cell(value: Any) -> Any:

@@ -24,11 +24,13 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
         restored_epoch: The epoch (from 0) whose weights were restored; `None` until then.
     """
 
+    restored_epoch: int | None = None
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts afresh, as Keras's does."""
         super().on_train_begin(logs)
         self._state = decisions.StopState()
-        self.restored_epoch: int | None = None
+        self.restored_epoch = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Decides; on rank 0 copies the weights of a best epoch to host memory."""

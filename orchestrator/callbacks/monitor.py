@@ -54,3 +54,8 @@ class Monitor(keras.callbacks.Callback):
 def available(logs: Mapping[str, Any] | None) -> str:
     """The names in `logs`, for messages."""
     return ", ".join(sorted(logs or {})) or "none"
+
+
+def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
+    """The current learning rate, of a variable or of a schedule."""
+    return float(keras.ops.convert_to_tensor(optimizer.learning_rate))

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from orchestrator import decisions
-from orchestrator.callbacks.monitor import Monitor, available
+from orchestrator.callbacks.monitor import Monitor, available, learning_rate
 
 
 class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
@@ -28,7 +28,7 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
         improvement = self._improvement()
         logs = {} if logs is None else logs
         for name, optimizer in self._optimizers():
-            logs[name] = _learning_rate(optimizer)
+            logs[name] = learning_rate(optimizer)
         current = logs.get(self.monitor)
         if current is None:
             warnings.warn(
@@ -40,7 +40,7 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
         rule = decisions.PlateauRule(
             improvement, self.factor, self.patience, self.cooldown, self.min_lr
         )
-        rates = {name: rule.reduced(_learning_rate(opt)) for name, opt in self._optimizers()}
+        rates = {name: rule.reduced(learning_rate(opt)) for name, opt in self._optimizers()}
         reducible = any(rate is not None for rate in rates.values())
         decision = decisions.plateau(rule, self._state, float(current), reducible)
         self._adopt(decision.state)
@@ -49,11 +49,14 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
 
     def _cut(self, epoch: int, current: float, rates: dict[str, float | None]) -> None:
         for name, optimizer in self._optimizers():
-            new, old = rates[name], _learning_rate(optimizer)
+            new, old = rates[name], learning_rate(optimizer)
             if new is None:
                 continue
             optimizer.learning_rate = new
-            self._say(f"\nEpoch {epoch + 1}: ReduceLROnPlateau reducing {name} to {new}.")
+            what = "" if name == "learning_rate" else f" {optimizer.name}"
+            self._say(
+                f"\nEpoch {epoch + 1}: ReduceLROnPlateau reducing{what} learning rate to {new}."
+            )
             self._emit(
                 "plateau",
                 epoch,
@@ -76,7 +79,3 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
                 yield f"learning_rate_{inner.name}", inner
         else:
             yield "learning_rate", optimizer
-
-
-def _learning_rate(optimizer: Any) -> float:
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))

@@ -78,13 +78,21 @@ class HorovodCommunicator:
         os._exit(code)
 
     def sum_gradients(self, buckets: Sequence[Sequence[tf.Tensor]]) -> list[list[tf.Tensor]]:
-        """One grouped allreduce a bucket, under names that do not depend on the graph around."""
-        return [
-            self._hvd.grouped_allreduce(
-                list(bucket),
+        """One grouped allreduce a bucket and dtype (Horovod groups have one dtype).
+
+        Their names do not depend on the graph around them.
+        """
+        return [self._sum_bucket(index, list(bucket)) for index, bucket in enumerate(buckets)]
+
+    def _sum_bucket(self, index: int, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+        sums: dict[int, tf.Tensor] = {}
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            group = self._hvd.grouped_allreduce(
+                [tensors[i] for i in places],
                 op=self._hvd.Sum,
-                name=f"orchestrator.gradients.{index}",
+                name=f"orchestrator.gradients.{index}.{dtype.name}",
                 ignore_name_scope=True,
             )
-            for index, bucket in enumerate(buckets)
-        ]
+            sums.update(zip(places, group, strict=True))
+        return [sums[i] for i in range(len(tensors))]
