@@ -1,0 +1,74 @@
+"""A communicator that plays one rank of several by itself: what the others say is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class FakeCommunicator:
+    """Rank `rank` of `size`. The other ranks say what this one says, unless a function is given.
+
+    Args:
+        rank: This rank.
+        size: Ranks in all.
+        reduce: Gives the allreduce's result for this rank's array.
+        broadcast: On ranks but 0, gives the root's array or object for this rank's.
+        gather: Gives all ranks' objects for this rank's.
+        gradients: Gives the other ranks' sum for a bucket of this rank's tensors.
+    """
+
+    name = "fake"
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 2,
+        *,
+        reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+        broadcast: Callable[[Any], Any] | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
+        gradients: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+    ) -> None:
+        self.rank = self.local_rank = rank
+        self.size = self.local_size = size
+        self.calls: list[str] = []
+        self.buckets: list[int] = []
+        self._reduce = reduce or (lambda array: array * size)
+        self._broadcast = broadcast or (lambda value: value)
+        self._gather = gather or (lambda obj: [obj] * size)
+        self._gradients = gradients or (lambda bucket: [t * (size - 1) for t in bucket])
+
+    def allreduce(self, array: np.ndarray, op: str = "sum") -> np.ndarray:
+        self.calls.append("allreduce")
+        assert op == "sum"
+        result = np.array(self._reduce(array))
+        assert (result.shape, result.dtype) == (array.shape, array.dtype)
+        return result
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> np.ndarray:
+        self.calls.append("broadcast")
+        return np.array(array if self.rank == root else self._broadcast(array))
+
+    def broadcast_object(self, obj: Any, root: int = 0) -> Any:
+        self.calls.append("broadcast_object")
+        return obj if self.rank == root else self._broadcast(obj)
+
+    def allgather_object(self, obj: Any) -> list[Any]:
+        self.calls.append("allgather_object")
+        return self._gather(obj)
+
+    def barrier(self) -> None:
+        self.calls.append("barrier")
+
+    def abort(self, code: int) -> None:
+        raise AssertionError(f"abort({code})")
+
+    def sum_gradients(self, buckets: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        self.buckets += [len(bucket) for bucket in buckets]
+        return [
+            [mine + other for mine, other in zip(bucket, self._gradients(bucket), strict=True)]
+            for bucket in buckets
+        ]
