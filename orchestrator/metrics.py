@@ -36,9 +36,26 @@ def snapshot(model: keras.Model, logs: Mapping[str, Any] | None = None) -> Metri
     values = [np.array(v.numpy()) for v in model.metrics_variables]
     extras = {}
     if logs:
-        own = model.get_metrics_result()
+        own = reported_names(model)
         extras = {name: float(value) for name, value in logs.items() if name not in own}
     return MetricState(values, extras)
+
+
+_ATTRIBUTE = "_orchestrator_metric_names"
+
+
+def reported_names(model: keras.Model) -> frozenset[str]:
+    """The names under which the model's metrics report; does not communicate.
+
+    Only `result()` tells them, as costly as the evaluation's own results: asked for once, until
+    the model is compiled anew or its metrics are built.
+    """
+    now = [*model.metrics, *model.metrics_variables]
+    then, names = getattr(model, _ATTRIBUTE, ([], frozenset[str]()))
+    if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
+        names = frozenset(model.get_metrics_result())
+        object.__setattr__(model, _ATTRIBUTE, (now, names))
+    return names
 
 
 def global_states(

@@ -209,7 +209,7 @@ def test_on_root_raises_everywhere():
     disk, name = (on(FakeCommunicator(1, 2, broadcast=lambda _, m=m: m)) for m in told)
     with pytest.raises(RootError, match="Rank 0 failed: disk full"):
         disk.on_root(lambda: None)
-    with pytest.raises(SettingError, match="^wrong name$"):
+    with pytest.raises(SettingError, match=r"^wrong name$"):
         name.on_root(lambda: None)
 
 

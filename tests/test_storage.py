@@ -160,7 +160,7 @@ def test_a_folder_in_the_way(tmp_path):
     target = tmp_path / "best.keras"
     target.mkdir()
     called = []
-    with pytest.raises(IsADirectoryError, match="best.keras is a folder"):
+    with pytest.raises(IsADirectoryError, match=r"best\.keras is a folder"):
         storage.replace(str(target), called.append)
     assert not called
     assert os.listdir(tmp_path) == ["best.keras"]

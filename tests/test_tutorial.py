@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -72,7 +73,7 @@ def test_reduce_lr_on_plateau(run):
     rates = [*facts["history"]["learning_rate"], facts["learning_rate"]]
     assert len(rates) == 41
     assert rates[0] == pytest.approx(1e-2)
-    cuts = [after / before for before, after in zip(rates, rates[1:], strict=False)]
+    cuts = [after / before for before, after in itertools.pairwise(rates)]
     cuts = [cut for cut in cuts if cut != 1]
     assert len(cuts) >= 2
     assert cuts[:2] == pytest.approx([0.2, 0.2], rel=1e-5)

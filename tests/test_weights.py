@@ -47,7 +47,7 @@ def test_the_roots_values_on_another_rank():
     root = [np.arange(6, dtype="float32").reshape(2, 3), np.array(7, "int64")]
     flat = np.concatenate([a.reshape(-1).view(np.uint8) for a in root])
     communicator = FakeCommunicator(1, 2, broadcast=lambda _: flat)
-    received = weights.broadcast_arrays(communicator, [np.zeros((2, 3), "float32"), np.int64(0)])
+    received = weights.broadcast_arrays(communicator, [np.zeros((2, 3), "float32"), np.array(0)])
     np.testing.assert_array_equal(received[0], root[0])
     assert received[1] == 7
 

@@ -67,8 +67,8 @@ class GlobalMetrics(keras.callbacks.Callback):
             logs.update({f"val_{name}": value for name, value in validation.items()})
 
     def _with_extras(self, state: metrics.MetricState, logs: Mapping[str, Any]):
-        own = set(self.model.get_metrics_result())
-        own |= {f"val_{name}" for name in own}
+        own = metrics.reported_names(self.model)
+        own = own | {f"val_{name}" for name in own}
         extras = {name: float(value) for name, value in logs.items() if name not in own}
         return metrics.MetricState(state.values, extras)
 

@@ -1,8 +1,8 @@
 """What every communicator must do. A backend joins by calling each of `CHECKS` on all its ranks.
 
-    @pytest.mark.parametrize("check", contract.CHECKS, ids=contract.name)
-    def test_contract(check):
-        check(communicator)
+@pytest.mark.parametrize("check", contract.CHECKS, ids=contract.name)
+def test_contract(check):
+    check(communicator)
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def allreduce_gives_the_right_values(communicator: Communicator) -> None:
             kept = mine.copy()
             everyone = np.stack([_values(shape, dtype, r) for r in range(communicator.size)])
             for op, fold in FOLDS.items():
-                result = communicator.allreduce(mine, op)
+                result = communicator.allreduce(mine, op)  # pyright: ignore[reportArgumentType]
                 where = f"{op} of {dtype}{shape}"
                 assert isinstance(result, np.ndarray), where
                 assert result.dtype == np.dtype(dtype), where
@@ -94,7 +94,9 @@ def allreduce_gives_the_same_bytes_everywhere(communicator: Communicator) -> Non
     for dtype in ("float32", "float64"):
         for length in (3, 1000, 100_003):
             generator = np.random.default_rng(communicator.rank)
-            mine = (generator.standard_normal(length) * 10.0 ** generator.integers(-6, 6, length)).astype(dtype)
+            mine = (
+                generator.standard_normal(length) * 10.0 ** generator.integers(-6, 6, length)
+            ).astype(dtype)
             first = communicator.allreduce(mine)
             assert _same_everywhere(communicator, first), (dtype, length)
             again = communicator.allreduce(mine)
@@ -108,7 +110,9 @@ def allreduce_gives_the_same_bytes_everywhere(communicator: Communicator) -> Non
 def allreduce_takes_views(communicator: Communicator) -> None:
     whole = np.arange(24, dtype="float64").reshape(4, 6) + communicator.rank
     view = whole.T[::2]
-    expected = communicator.size * np.arange(24).reshape(4, 6).T[::2] + sum(range(communicator.size))
+    expected = communicator.size * np.arange(24).reshape(4, 6).T[::2] + sum(
+        range(communicator.size)
+    )
     np.testing.assert_array_equal(communicator.allreduce(view), expected)
 
 
@@ -221,7 +225,11 @@ def _check_sums(communicator: Communicator, buckets: int, sums: Any) -> None:
     expected += [total + 0.5 * communicator.size, communicator.size, 10 * total]
     inputs = _buckets(buckets, communicator.rank)
     assert [len(bucket) for bucket in sums] == [len(bucket) for bucket in inputs]
-    flat = [(s, t) for out, bucket in zip(sums, inputs, strict=True) for s, t in zip(out, bucket, strict=True)]
+    flat = [
+        (s, t)
+        for out, bucket in zip(sums, inputs, strict=True)
+        for s, t in zip(out, bucket, strict=True)
+    ]
     for (result, tensor), value in zip(flat, expected, strict=True):
         assert result.dtype == tensor.dtype
         assert tuple(result.shape) == tuple(tensor.shape)

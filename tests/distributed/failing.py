@@ -35,9 +35,7 @@ class Fail(keras.callbacks.Callback):
 def main(rank: int, how: str) -> None:
     runtime = orchestrator.init(seed=7)
     model = problems.mlp(8)
-    model.compile(
-        runtime.distribute(keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
-    )
+    model.compile(runtime.distribute(keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy")
     runtime.broadcast(model)
     model.fit(
         runtime.shard(problems.digits(256), batch_size=64),

@@ -140,7 +140,9 @@ def _marked(mark: str) -> dict[int, str]:
                 continue
             state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
             if state != "Z":
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                line = (
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
                 found[int(entry.name)] = line.strip()
     return found
 
@@ -151,5 +153,7 @@ def tails(folder: Path, pattern: str = "*.log", lines: int = 60) -> str:
     for path in sorted(folder.glob(pattern)):
         text = path.read_text("utf-8", "replace").splitlines()
         shown = "\n".join(text[-lines:])
-        parts.append(f"--- {path.name} (last {min(lines, len(text))} of {len(text)} lines)\n{shown}")
+        parts.append(
+            f"--- {path.name} (last {min(lines, len(text))} of {len(text)} lines)\n{shown}"
+        )
     return "\n".join(parts) or f"no output in {folder}"

@@ -115,4 +115,7 @@ def bits(arrays: list[np.ndarray]) -> list[bytes]:
 def worst(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     """The largest absolute difference."""
     assert [a.shape for a in ours] == [a.shape for a in theirs]
-    return max((float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True) if a.size), default=0.0)
+    return max(
+        (float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True) if a.size),
+        default=0.0,
+    )

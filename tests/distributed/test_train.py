@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -114,7 +115,7 @@ def check_saved_model(run_dir: Path, val_loss: float) -> None:
 
     sys.path.insert(0, str(ROOT / "launch"))
     try:
-        import digits
+        digits = importlib.import_module("digits")
     finally:
         sys.path.remove(str(ROOT / "launch"))
     _, validation = digits.data(64, seed=0)

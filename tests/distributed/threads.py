@@ -98,7 +98,8 @@ class ThreadCommunicator:
             call = ("sum_gradients", index, *((a.shape, str(a.dtype)) for a in arrays))
             ranks = self._exchange([np.array(a) for a in arrays], *call)
             return [
-                np.asarray(functools.reduce(operator.add, same)) for same in zip(*ranks, strict=True)
+                np.asarray(functools.reduce(operator.add, same))
+                for same in zip(*ranks, strict=True)
             ]
 
         sums = tf.numpy_function(add, tensors, [t.dtype for t in tensors])

@@ -140,12 +140,16 @@ def _audit(event, arguments):
         _writes.append(f"{event} {paths}")
 
 
+_audited: list[bool] = []
+
+
 @pytest.fixture
 def writes(shared_path, communicator):
     """What this rank writes under `shared_path`, seen by the interpreter's own audit events."""
-    if not getattr(sys, "_orchestrator_audited", False):
+    if not _audited:
+        # A hook stays for good: one a process.
         sys.addaudithook(_audit)
-        sys._orchestrator_audited = True
+        _audited.append(True)
     _writes.clear()
     _watched[:] = [str(shared_path)]
     yield _writes
@@ -212,7 +216,7 @@ def test_a_template_with_an_unknown_metric_is_a_setting_error_everywhere(
     runtime, communicator, shared_path
 ):
     saver = callbacks.ModelCheckpoint(str(shared_path / "{epoch}-{val_auc:.2f}.keras"))
-    with pytest.raises(SettingError, match="val_auc.*val_loss") as caught:
+    with pytest.raises(SettingError, match=r"val_auc.*val_loss") as caught:
         fit_digits(runtime, [saver], epochs=2)
     assert len(set(communicator.allgather_object(str(caught.value)))) == 1
     assert list(shared_path.iterdir()) == []

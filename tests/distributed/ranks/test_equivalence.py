@@ -15,7 +15,9 @@ def test_ranks_equal_the_single_process(runtime, communicator, note):
     with Runtime(communicator, backend=runtime.backend, seed=7).use() as own:
         ours = equivalence.train(own)
     # To the last bit on all ranks.
-    assert all(json.loads(other) == ours for other in communicator.allgather_object(json.dumps(ours)))
+    assert all(
+        json.loads(other) == ours for other in communicator.allgather_object(json.dumps(ours))
+    )
     assert ours["decisions"] == reference["decisions"]
     assert ours["rates"] == reference["rates"]
     for name, difference in equivalence.differences(ours, reference).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def test_fit_reports_global_metrics(runtime, communicator, count):
 def test_evaluate_equals_one_process(runtime, communicator, count):
     x, y = problems.digits(count, one_hot=True)
     model = compiled(runtime)
-    counting = problems.Counting(communicator)
+    counting: Any = problems.Counting(communicator)
     with Runtime(counting).use():
         ours = orchestrator.evaluate(model, runtime.shard((x, y), batch_size=64))
     assert counting.calls == (["allreduce"] if runtime.size > 1 else [])
@@ -78,13 +80,13 @@ def test_evaluate_equals_one_process(runtime, communicator, count):
 def test_collectives_are_counted(runtime, communicator, chosen, buckets, monkeypatch):
     if runtime.size == 1:
         pytest.skip("one rank has no collectives")
-    counting = problems.Counting(communicator)
+    counting: Any = problems.Counting(communicator)
     sums = []
     if runtime.backend == "mpi":
         real = communicator._sum
         monkeypatch.setattr(communicator, "_sum", lambda flat: sums.append(1) or real(flat))
     with Runtime(counting, gradient_buckets=buckets).use() as counted:
-        model = problems.mlp(16)
+        model = problems.mlp(32, 32, 32)
         model.compile(
             counted.distribute(keras.optimizers.Adam()),
             "categorical_crossentropy",

@@ -144,7 +144,7 @@ OPTIMIZERS = {
 
 
 def trained(runtime, optimizer, arrays, distribute=True):
-    model = problems.mlp(32, seed=3)
+    model = problems.mlp(32, 32, 32, seed=3)  # enough weights for three buckets
     optimizer = runtime.distribute(optimizer) if distribute else optimizer
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=False)
     if distribute:
@@ -189,7 +189,9 @@ def test_a_model_in_double_precision_is_exact(runtime, note):
         keras.utils.set_random_seed(5)
         layer = keras.layers.Dense(10, "softmax", dtype="float64")
         model = keras.Sequential([keras.Input((64,), dtype="float64"), layer])
-        model.compile(runtime.distribute(keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy")
+        model.compile(
+            runtime.distribute(keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
+        )
         runtime.broadcast(model)
         model.fit(runtime.shard(problems.digits(101), batch_size=64), epochs=2, verbose=0)
         return model.get_weights()
@@ -205,10 +207,19 @@ def test_sample_weights_and_regularizers_are_exact(runtime, communicator, note):
 
     def train(runtime):
         model = keras.Sequential(
-            [keras.Input((64,)), keras.layers.Dense(10, "softmax", kernel_initializer="zeros",
-                                                    kernel_regularizer=keras.regularizers.L2(0.1))]
+            [
+                keras.Input((64,)),
+                keras.layers.Dense(
+                    10,
+                    "softmax",
+                    kernel_initializer="zeros",
+                    kernel_regularizer=keras.regularizers.L2(0.1),
+                ),
+            ]
         )
-        model.compile(runtime.distribute(keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy")
+        model.compile(
+            runtime.distribute(keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
+        )
         runtime.broadcast(model)
         model.fit(runtime.shard((x, y, importance), batch_size=64), epochs=2, verbose=0)
         return model.get_weights()
