@@ -110,7 +110,16 @@ class Runtime:
             prepared.broadcast()
 
     def prepare(self, model: keras.Model) -> steps.Steps | None:
-        """Readies a model's steps, once; `broadcast` and our callbacks call it."""
+        """Readies a model's steps, once; `broadcast` and our callbacks call it.
+
+        Raises:
+            RuntimeError: Under MirroredStrategy, the model was built outside `scope()`.
+        """
+        if self.strategy is not None and model.distribute_strategy is not self.strategy:
+            raise RuntimeError(
+                "backend='mirrored' trains a model on all replicas only where it is built and "
+                "compiled inside `with runtime.scope():`; this one was built outside it."
+            )
         if self.strategy is not None:
             steps.build_without_reading(model)
         return steps.prepare(model, self.communicator, self.say_once)

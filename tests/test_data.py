@@ -64,7 +64,7 @@ def test_dataset_parts_rebuild_every_global_batch(length, batch, size, drop):
 
 
 @given(length=st.integers(1, 40), batch=st.integers(1, 12), size=st.integers(1, 5))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_array_parts_rebuild_every_global_batch(length, batch, size):
     x, y = np.arange(length, dtype="float32"), np.arange(length) * 2
     ranks = parts((x, y), size, batch_size=batch)

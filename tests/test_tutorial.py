@@ -39,6 +39,7 @@ def improvements(losses: list[float]) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_model_checkpoint(run):
     facts = run("checkpoint")
     losses = facts["history"]["val_loss"]

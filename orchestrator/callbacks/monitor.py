@@ -58,4 +58,5 @@ def available(logs: Mapping[str, Any] | None) -> str:
 
 def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
     """The current learning rate, of a variable or of a schedule."""
-    return float(keras.ops.convert_to_tensor(optimizer.learning_rate))
+    rate = optimizer.learning_rate
+    return float((rate.value if isinstance(rate, keras.Variable) else rate).numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ class MPICommunicator:
         """Ends every rank at once with `code` (MPI_Abort)."""
         sys.stdout.flush()
         sys.stderr.flush()
+        # MPI_Abort ends the launcher too, which must have forwarded what was printed by then.
+        time.sleep(1.0)
         self._mpi.COMM_WORLD.Abort(code)
 
     def _sum(self, flat: np.ndarray) -> np.ndarray:

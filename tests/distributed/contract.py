@@ -17,7 +17,7 @@ from orchestrator.communicators.base import Communicator
 
 SHAPES = [(), (1,), (0,), (7,), (3, 5), (2, 0, 3), (4, 3, 2, 1)]
 DTYPES = ["float32", "float64", "int64"]
-FOLDS = {"sum": np.sum, "min": np.min, "max": np.max}
+FOLDS: dict[Any, Any] = {"sum": np.sum, "min": np.min, "max": np.max}
 
 Check = Callable[[Communicator], None]
 CHECKS: list[Check] = []

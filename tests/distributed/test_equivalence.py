@@ -31,7 +31,7 @@ def test_four_mirrored_replicas_equal_the_single_process(reference, tmp_path, re
     path = tmp_path / "mirrored.json"
     command = ["-m", "tests.distributed.equivalence", str(path), "mirrored", "4"]
     env = {"TF_NUM_INTEROP_THREADS": "8"}  # the replicas are threads of one process
-    finished = launcher.launch("none", 1, command, tmp_path, deadline=240, env=env)
+    finished = launcher.launch("none", 1, command, tmp_path, deadline=550, env=env)
     assert finished.returncode == 0, launcher.tails(tmp_path)
     ours, theirs = json.loads(path.read_text()), json.loads(reference.read_text())
     assert ours["decisions"] == theirs["decisions"]
