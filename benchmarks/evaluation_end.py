@@ -16,6 +16,8 @@ from turns import barrier, fastest, publish, quartiles, slowest
 
 import orchestrator
 from orchestrator import metrics
+from orchestrator.communicators.base import Op
+from orchestrator.communicators.single import SingleCommunicator
 
 COUNTS = (1, 5, 20)
 
@@ -35,7 +37,7 @@ def build(count: int) -> keras.Model:
     return model
 
 
-class Clocked:
+class Clocked(SingleCommunicator):
     """A communicator that notes how long its allreduce took."""
 
     seconds = 0.0
@@ -44,9 +46,9 @@ class Clocked:
         self._inner = communicator
         self.rank, self.size = communicator.rank, communicator.size
 
-    def allreduce(self, array: np.ndarray) -> np.ndarray:
+    def allreduce(self, array: np.ndarray, op: Op = "sum") -> np.ndarray:
         begin = time.perf_counter()
-        result = self._inner.allreduce(array)
+        result = self._inner.allreduce(array, op)
         self.seconds = time.perf_counter() - begin
         return result
 
@@ -59,7 +61,7 @@ def contestants(
 
     def fused() -> None:
         state = metrics.snapshot(model, logs)
-        (state,) = metrics.global_states(communicator, model, [state])  # type: ignore[arg-type]
+        (state,) = metrics.global_states(communicator, model, [state])
         metrics.results(model, state)
 
     def one_a_metric() -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -24,7 +25,7 @@ def _import_tensorflow() -> None:
         stderr = os.dup(2)
         os.dup2(notes.fileno(), 2)
         try:
-            import tensorflow  # noqa: F401
+            importlib.import_module("tensorflow")
         except BaseException:
             notes.seek(0)
             os.write(stderr, notes.read())
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
 
     _import_tensorflow()
-    from orchestrator import runtime as runtimes
+    from orchestrator.backends import launched_rank
     from orchestrator.config import SettingError, load
     from orchestrator.training import start, train
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         runtime = start(settings)
         train(settings, runtime)
     except SettingError as error:
-        if runtimes.launched_rank() == 0:
+        if launched_rank() == 0:
             print(f"Settings error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception:  # noqa: BLE001 - printed, and turned into the exit code

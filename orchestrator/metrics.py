@@ -34,11 +34,20 @@ def snapshot(model: keras.Model, logs: Mapping[str, Any] | None = None) -> Metri
         logs: What Keras reports; names that no metric of the model gives become `extras`.
     """
     values = [np.array(v.numpy()) for v in model.metrics_variables]
-    extras = {}
-    if logs:
-        own = reported_names(model)
-        extras = {name: float(value) for name, value in logs.items() if name not in own}
-    return MetricState(values, extras)
+    return with_logs(MetricState(values), model, logs or {})
+
+
+def with_logs(state: MetricState, model: keras.Model, logs: Mapping[str, Any]) -> MetricState:
+    """The state with what in `logs`, of training or of both, no metric of the model gives."""
+    if not logs:
+        return state
+    own = reported_names(model)
+    extras = {
+        name: float(value)
+        for name, value in logs.items()
+        if name not in own and name.removeprefix("val_") not in own
+    }
+    return MetricState(state.values, extras)
 
 
 _ATTRIBUTE = "_orchestrator_metric_names"

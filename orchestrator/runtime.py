@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import keras
 import tensorflow as tf
 
-from orchestrator import data, metrics, optimizer, steps
+from orchestrator import backends, data, metrics, optimizer, steps
 from orchestrator.communicators.base import Communicator
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
@@ -23,13 +20,15 @@ from orchestrator.events import Events
 
 T = TypeVar("T")
 
-_MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 _default: Runtime | None = None
 _thread = threading.local()
 
 
-class RootError(RuntimeError):
-    """Something only rank 0 does has failed there; raised on the other ranks."""
+class RankError(RuntimeError):
+    """Something has failed on another rank; raised on those that it concerns as well."""
+
+
+_Told = tuple[bool, str] | None  # of an exception: whether it is a SettingError, and its text
 
 
 class Runtime:
@@ -137,27 +136,34 @@ class Runtime:
             dataset, self.communicator, batch_size=batch_size, shuffle=shuffle, seed=self.seed
         )
 
-    def on_root(self, function: Callable[[], T]) -> T:
-        """Runs `function` on rank 0 and returns its result on every rank; called by all ranks.
+    def on_root(self, function: Callable[[], None]) -> None:
+        """Runs `function` on rank 0 and tells all ranks how it went; called by all ranks.
 
         Raises:
             SettingError: On every rank, where rank 0 raised one.
-            RootError: On the other ranks, for any other exception of rank 0; rank 0 raises its own.
+            RankError: On the other ranks, for any other exception of rank 0, which raises its own.
         """
-        value: Any = None
-        error: Exception | None = None
-        if self.is_root:
-            try:
-                value = function()
-            except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
-                error = caught
-        told = (value, isinstance(error, SettingError), str(error) if error else None)
-        value, is_setting, message = self.communicator.broadcast_object(told)
-        if error is not None:
-            raise error
-        if message is not None:
-            raise SettingError(message) if is_setting else RootError(f"Rank 0 failed: {message}")
-        return value
+        error = _attempt(function)[1] if self.is_root else None
+        told = self.communicator.broadcast_object(_told(error))
+        if told is not None:
+            raise error or _of_another_rank(0, told)
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Runs `function` on every rank and returns each rank's own result; called by all ranks.
+
+        For what may fail on one rank only, such as importing a module: the ranks tell each other
+        how it went (one small collective) before any goes on.
+
+        Raises:
+            SettingError: On every rank, where the first rank that failed raised one.
+            RankError: On the ranks that did not fail themselves, for any other exception.
+        """
+        value, error = _attempt(function)
+        everyone = self.communicator.allgather_object(_told(error))
+        failed = next((rank for rank, told in enumerate(everyone) if told is not None), None)
+        if failed is not None:
+            raise error or _of_another_rank(failed, everyone[failed])
+        return cast(T, value)
 
     def say(self, message: str) -> None:
         """Prints a line, on rank 0 only."""
@@ -226,16 +232,16 @@ def init(
         raise SettingError(f"backend={backend!r} is unknown. Allowed: {', '.join(BACKENDS)}.")
     if gradient_buckets < 1:
         raise SettingError(f"gradient_buckets={gradient_buckets} is not allowed: 1 or more.")
-    gpus = visible_gpus()
-    chosen = detect(gpus) if backend == "auto" else backend
+    gpus = backends.visible_gpus()
+    chosen = backends.detect(gpus) if backend == "auto" else backend
     if replicas is not None and (chosen != "mirrored" or replicas < 1):
         raise SettingError(
             f"replicas={replicas} with backend={chosen!r} is not allowed: replicas are for "
             "backend='mirrored', 1 or more."
         )
-    communicator = _connect(chosen)
-    _pin_gpu(gpus, communicator)
-    strategy = _mirror(gpus, replicas) if chosen == "mirrored" else None
+    communicator = backends.connect(chosen)
+    backends.pin_gpu(gpus, communicator)
+    strategy = backends.mirror(gpus, replicas) if chosen == "mirrored" else None
     drawn = random.SystemRandom().randrange(2**31) if seed is None else seed
     seed = int(communicator.broadcast_object(drawn))
     keras.utils.set_random_seed(seed)
@@ -249,88 +255,24 @@ def init(
         gradient_buckets=gradient_buckets,
     )
     if communicator.size > 1:
-        _abort_on_exception(communicator)
+        backends.abort_on_exception(communicator)
     return _default
 
 
-def detect(gpus: int) -> str:
-    """The backend that the launcher's environment variables ask for."""
-    if "HOROVOD_RANK" in os.environ:
-        return "horovod"
-    if any(name in os.environ for name in _MPI_VARIABLES):
-        return "mpi"
-    return "mirrored" if gpus > 1 else "single"
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:  # noqa: BLE001 - raised by the caller, once all ranks know
+        return None, error
 
 
-def launched_rank() -> int:
-    """This process's rank as its launcher's environment says, before anything is initialised."""
-    names = ("HOROVOD_RANK", *_MPI_VARIABLES)
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+def _told(error: Exception | None) -> _Told:
+    return None if error is None else (isinstance(error, SettingError), str(error))
 
 
-def visible_gpus() -> int:
-    """How many GPUs this process may use, found without touching CUDA."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(glob.glob("/dev/nvidia[0-9]*"))
-    if allowed is None:
-        return present
-    return min(present, len([d for d in allowed.split(",") if d.strip() not in ("", "-1")]))
-
-
-def _connect(backend: str) -> Communicator:
-    if backend == "horovod":
-        from orchestrator.communicators.horovod import HorovodCommunicator
-
-        return HorovodCommunicator()
-    if backend == "mpi":
-        from orchestrator.communicators.mpi import MPICommunicator
-
-        return MPICommunicator()
-    return SingleCommunicator()
-
-
-def _pin_gpu(gpus: int, communicator: Communicator) -> None:
-    if gpus == 0:
-        # TensorFlow itself would look for a driver at its first operation.
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-        return
-    devices = tf.config.list_physical_devices("GPU")
-    if communicator.size > 1:
-        if communicator.local_size > len(devices):
-            raise SettingError(
-                f"This host has {len(devices)} visible GPU(s) and {communicator.local_size} ranks: "
-                "start at most one rank a GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1 to "
-                "train on the CPU."
-            )
-        devices = [devices[communicator.local_rank]]
-        tf.config.set_visible_devices(devices, "GPU")
-    for device in devices:
-        tf.config.experimental.set_memory_growth(device, True)
-
-
-def _mirror(gpus: int, replicas: int | None) -> tf.distribute.Strategy:
-    if gpus:
-        count = gpus if replicas is None else replicas
-        if count > gpus:
-            raise SettingError(f"replicas={count} is not allowed: {gpus} GPU(s) are visible.")
-        return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
-    count = replicas or 1
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
-    )
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
-
-
-def _abort_on_exception(communicator: Communicator) -> None:
-    """An exception nobody catches on one rank ends the job, so that the others don't wait."""
-    previous = sys.excepthook
-
-    def hook(kind: Any, value: Any, traceback: Any) -> None:
-        previous(kind, value, traceback)
-        communicator.abort(1)
-
-    sys.excepthook = hook
+def _of_another_rank(rank: int, told: tuple[bool, str]) -> Exception:
+    is_setting, text = told
+    return SettingError(text) if is_setting else RankError(f"Rank {rank} failed: {text}")
 
 
 def evaluate(model: keras.Model, part: Any, **options: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from orchestrator import optimizer as optimizers
 from orchestrator import weights
 from orchestrator.communicators.base import Communicator
+from orchestrator.config import SettingError
 
 
 class DivergedError(RuntimeError):
@@ -109,7 +110,7 @@ def _refuse_sums(model: keras.Model) -> None:
     """Gradients are averaged by samples, which is wrong for a loss that is a sum over them."""
     for loss in tf.nest.flatten(model.loss):
         if getattr(loss, "reduction", None) == "sum":
-            raise ValueError(
+            raise SettingError(
                 f"The loss {loss.name!r} has reduction='sum', which is not supported on many "
                 "ranks: gradients are averaged by samples. Use 'sum_over_batch_size' (Keras's "
                 "default) and multiply the learning rate by the global batch size."
@@ -238,7 +239,10 @@ def build_without_reading(model: keras.Model) -> None:
     then gives its second order in the first epoch, and the replicas train on other batches than
     one process does.
     """
-    own = model._maybe_symbolic_build
+    name = "_maybe_symbolic_build"
+    if name in vars(model):
+        return
+    own = getattr(model, name)
 
     def build(iterator: Any = None, data_batch: Any = None) -> None:
         dataset = getattr(iterator, "_distributed_dataset", None)
@@ -247,9 +251,7 @@ def build_without_reading(model: keras.Model) -> None:
         else:
             own(data_batch=tf.nest.map_structure(_of_one_replica, dataset.element_spec))
 
-    if not hasattr(own, "_orchestrator"):
-        build._orchestrator = True  # pyright: ignore[reportFunctionMemberAccess]
-        model._maybe_symbolic_build = build
+    setattr(model, name, build)
 
 
 def _of_one_replica(spec: Any) -> Any:

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -34,12 +35,10 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
     """
     runtime = runtime or start(settings)
     check_batch(settings.train.global_batch_size, runtime)
-    load_data = imported("data.factory", settings.data.factory)
-    build_model = imported("model.factory", settings.model.factory)
-    makers = [_callback(entry, settings.run.dir) for entry in settings.callbacks]
+    parts = runtime.on_all(lambda: Parts.of(settings))
     directory = _open(settings, runtime)
     try:
-        return _train(settings, runtime, load_data, build_model, makers, directory)
+        return _train(settings, runtime, parts, directory)
     except Exception as error:
         if directory is not None:
             code = 2 if isinstance(error, SettingError) else 1
@@ -47,19 +46,32 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
         raise
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the settings name, found and checked on this rank; does not communicate."""
+
+    data: Callable[..., Any]
+    model: Callable[..., Any]
+    callbacks: list[Callable[[], Any]]
+
+    @classmethod
+    def of(cls, settings: Settings) -> Parts:
+        """Imports the user's functions and checks the callbacks' arguments."""
+        return cls(
+            imported("data.factory", settings.data.factory),
+            imported("model.factory", settings.model.factory),
+            [_callback(entry, settings.run.dir) for entry in settings.callbacks],
+        )
+
+
 def _train(
-    settings: Settings,
-    runtime: Runtime,
-    load_data: Callable[..., Any],
-    build_model: Callable[..., Any],
-    makers: list[Callable[[], Any]],
-    directory: RunDirectory | None,
+    settings: Settings, runtime: Runtime, parts: Parts, directory: RunDirectory | None
 ) -> keras.callbacks.History:
     """Assembles and fits; called by all ranks, `directory` on rank 0 alone."""
-    train_part, validation_part = _parts(settings, runtime, load_data)
+    training, validation = runtime.on_all(lambda: _load(settings, runtime, parts.data))
+    train_part, validation_part = _shards(settings, runtime, training, validation)
     with runtime.scope():
-        model = _call("model", settings.model, build_model)
-        _check_compiled(model, settings.model.factory)
+        model = runtime.on_all(lambda: _build(settings, parts.model))
         runtime.distribute(model.optimizer)
     runtime.broadcast(model)
     runtime.say(_greeting(settings, runtime))
@@ -73,7 +85,7 @@ def _train(
         replicas=runtime.replicas,
         seed=runtime.seed,
     )
-    made = [make() for make in makers]
+    made = [make() for make in parts.callbacks]
     history = model.fit(
         train_part,
         validation_data=validation_part,
@@ -139,8 +151,8 @@ def imported(key: str, path: str) -> Callable[..., Any]:
     return function
 
 
-def _parts(settings: Settings, runtime: Runtime, load_data: Callable[..., Any]) -> tuple[Any, Any]:
-    """This rank's parts of the training and the validation data, the latter perhaps `None`."""
+def _load(settings: Settings, runtime: Runtime, load_data: Callable[..., Any]) -> tuple[Any, Any]:
+    """The user's training and validation data, the latter perhaps `None`."""
     given = {"global_batch_size": settings.train.global_batch_size, "seed": runtime.seed}
     loaded = _call("data", settings.data, load_data, **given)
     if not isinstance(loaded, tuple) or len(loaded) != 2:
@@ -148,7 +160,11 @@ def _parts(settings: Settings, runtime: Runtime, load_data: Callable[..., Any]) 
             f"data.factory={settings.data.factory} must return (training, validation), "
             f"validation perhaps None; got {type(loaded).__name__}."
         )
-    training, validation = loaded
+    return loaded
+
+
+def _shards(settings: Settings, runtime: Runtime, training: Any, validation: Any):
+    """This rank's parts of both; called by all ranks."""
     try:
         return runtime.shard(training), None if validation is None else runtime.shard(validation)
     except ValueError as error:
@@ -174,12 +190,15 @@ def _call(section: str, user: UserFunction, function: Callable[..., Any], **give
     return function(**arguments)
 
 
-def _check_compiled(model: Any, path: str) -> None:
+def _build(settings: Settings, build_model: Callable[..., Any]) -> keras.Model:
+    """The user's compiled model."""
+    model = _call("model", settings.model, build_model)
     if not isinstance(model, keras.Model) or getattr(model, "optimizer", None) is None:
         raise SettingError(
-            f"model.factory={path} must return a compiled keras.Model, got {model!r}. Call "
-            "model.compile(optimizer=..., loss=...) in it."
+            f"model.factory={settings.model.factory} must return a compiled keras.Model, got "
+            f"{model!r}. Call model.compile(optimizer=..., loss=...) in it."
         )
+    return model
 
 
 def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""A communicator that plays one rank of several by itself: what the others say is given."""
+"""Stand-ins: one rank of several, whose others say what is given, and a record of events."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
+
+from orchestrator.events import Events
+
+
+def others_add(samples: float, *gradients: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    """What the other ranks put into a bucket: `samples` in all, and their sum for each gradient."""
+    return lambda bucket: [*map(tf.constant, gradients), tf.constant(float(samples))]
 
 
 class FakeCommunicator:
@@ -72,3 +80,19 @@ class FakeCommunicator:
             [mine + other for mine, other in zip(bucket, self._gradients(bucket), strict=True)]
             for bucket in buckets
         ]
+
+
+class Recorder(Events):
+    """Keeps every decision."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, kind: str, **values: Any) -> None:
+        self.events.append({"kind": kind, **values})
+
+    def kinds(self) -> list[str]:
+        return [event["kind"] for event in self.events]
+
+    def epochs(self, kind: str) -> list[int]:
+        return [event["epoch"] for event in self.events if event["kind"] == kind]

@@ -24,6 +24,7 @@ LAYERS = {
     "weights": 2,
     "events": 2,
     "steps": 2,
+    "backends": 2,
     "runtime": 3,
     "callbacks.*": 4,
     "training": 5,

@@ -182,15 +182,20 @@ def test_different_data_across_ranks(mine, theirs, options):
     shard(theirs, FakeCommunicator(1, 2, gather=lambda obj: said.append(obj) or [obj]), **options)
     for rank in (0, 1):
         other = [said[0]] * 2
-        gather = lambda obj, rank=rank, other=other: (  # noqa: E731
-            [obj, other[1]] if rank == 0 else [other[0], obj]
-        )
+        everyone = [*other]
+
+        def gather(obj, rank=rank, everyone=everyone):
+            everyone[rank] = obj
+            return everyone
+
         with pytest.raises(ValueError, match="not alike"):
             shard(mine, FakeCommunicator(rank, 2, gather=gather), **options)
 
 
 def test_an_error_of_another_rank_is_raised_here():
-    gather = lambda obj: [obj, ("", "something is wrong there")]  # noqa: E731
+    def gather(obj):
+        return [obj, ("", "something is wrong there")]
+
     with pytest.raises(ValueError, match="something is wrong there"):
         shard(np.zeros(4), FakeCommunicator(gather=gather), batch_size=2)
 

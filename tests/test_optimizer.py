@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orchestrator import optimizer as optimizers
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.optimizer import cut, distribute, is_distributed, samples, settle
-from tests.fakes import FakeCommunicator
+from tests.fakes import FakeCommunicator, others_add
 
 
 def variables(*shapes) -> list[keras.Variable]:
@@ -106,8 +106,8 @@ def test_files_are_those_of_a_plain_model(tmp_path):
 
 def test_weighted_by_samples_on_two_ranks():
     """3 samples here with gradient 1, 1 there with gradient 5: the global mean is 2."""
-    other = lambda bucket: [tf.ones((2, 2)) * 5 * 1, tf.constant(1.0)]  # noqa: E731
     optimizer = keras.optimizers.SGD(1.0)
+    other = others_add(1, np.full((2, 2), 5.0, np.float32))
     distribute(optimizer, FakeCommunicator(gradients=other))
     (w,) = variables((2, 2))
     with samples(3):
@@ -117,7 +117,7 @@ def test_weighted_by_samples_on_two_ranks():
 
 @pytest.mark.parametrize("gradient", [0.0, 9.0, float("nan"), float("inf")])
 def test_a_rank_without_samples_counts_for_nothing(gradient):
-    other = lambda bucket: [tf.constant([6.0, 9.0]), tf.constant(3.0)]  # noqa: E731
+    other = others_add(3, [6.0, 9.0])
     optimizer = keras.optimizers.SGD(1.0)
     distribute(optimizer, FakeCommunicator(gradients=other))
     (w,) = variables((2,))
@@ -192,7 +192,7 @@ def test_half_precision_keeps_its_type():
 
 def test_clipping_is_of_the_global_gradient():
     """Keras clips in `apply`, after the reduction: a clipped mean, not a mean of clipped."""
-    other = lambda bucket: [tf.constant([-9.0]), tf.constant(1.0)]  # noqa: E731
+    other = others_add(1, [-9.0])
     optimizer = keras.optimizers.SGD(1.0, clipvalue=1.0)
     distribute(optimizer, FakeCommunicator(gradients=other))
     (w,) = variables((1,))
@@ -260,7 +260,7 @@ def test_loss_scaling_moves_outside():
 
 @pytest.mark.parametrize("there", [float("inf"), float("nan")])
 def test_a_non_finite_gradient_anywhere_skips_the_step_here(there):
-    other = lambda bucket: [tf.fill(t.shape, there) for t in bucket[:-1]] + [tf.constant(1.0)]  # noqa: E731
+    other = others_add(1, [there, there])
     inner = keras.optimizers.SGD(1.0)
     communicator = FakeCommunicator(gradients=other)
     distribute(inner, communicator)

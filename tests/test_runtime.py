@@ -17,7 +17,7 @@ from orchestrator import SettingError
 from orchestrator import runtime as runtimes
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.optimizer import is_distributed
-from orchestrator.runtime import RootError, Runtime, current, detect, launched_rank, visible_gpus
+from orchestrator.runtime import RankError, Runtime, current
 from tests.fakes import FakeCommunicator
 
 LAUNCHERS = ["HOROVOD_RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"]
@@ -40,47 +40,6 @@ def fresh():
     yield
     runtimes.current().close()
     assert runtimes._default is None
-
-
-@pytest.mark.parametrize(
-    ("names", "gpus", "backend"),
-    [
-        ([], 0, "single"),
-        ([], 1, "single"),
-        ([], 2, "mirrored"),
-        (["HOROVOD_RANK"], 0, "horovod"),
-        (["HOROVOD_RANK"], 8, "horovod"),
-        (["PMI_RANK"], 0, "mpi"),
-        (["PMIX_RANK"], 4, "mpi"),
-        (["OMPI_COMM_WORLD_RANK"], 0, "mpi"),
-        (["HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"], 0, "horovod"),  # horovodrun over MPI
-    ],
-)
-def test_detect(monkeypatch, names, gpus, backend):
-    for name in names:
-        monkeypatch.setenv(name, "0")
-    assert detect(gpus) == backend
-
-
-@pytest.mark.parametrize("name", [None, *LAUNCHERS])
-def test_launched_rank(monkeypatch, name):
-    if name:
-        monkeypatch.setenv(name, "3")
-    assert launched_rank() == (3 if name else 0)
-
-
-@pytest.mark.parametrize(
-    ("devices", "allowed", "count"),
-    [(0, None, 0), (4, None, 4), (4, "", 0), (4, "-1", 0), (4, "0,2", 2), (1, "0,1,2", 1)],
-)
-def test_visible_gpus(monkeypatch, devices, allowed, count):
-    found = [f"/dev/nvidia{i}" for i in range(devices)]
-    monkeypatch.setattr(runtimes.glob, "glob", lambda pattern: found)
-    if allowed is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
-    assert visible_gpus() == count
 
 
 def test_init_in_one_process(fresh):
@@ -143,25 +102,6 @@ def test_init_refuses(fresh, arguments, message):
     assert runtimes._default is None, "it can be called again, right"
 
 
-def test_more_local_ranks_than_gpus(monkeypatch):
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
-    with pytest.raises(SettingError, match=r"1 visible GPU\(s\) and 2 ranks.*CUDA_VISIBLE"):
-        runtimes._pin_gpu(1, FakeCommunicator(1, 2))  # pyright: ignore[reportArgumentType]
-
-
-def test_each_rank_takes_its_gpu(monkeypatch):
-    chosen, grown = [], []
-    devices = ["GPU:0", "GPU:1", "GPU:2"]
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: devices)
-    monkeypatch.setattr(tf.config, "set_visible_devices", lambda d, kind: chosen.append(d))
-    monkeypatch.setattr(
-        tf.config.experimental, "set_memory_growth", lambda d, on: grown.append((d, on))
-    )
-    runtimes._pin_gpu(3, FakeCommunicator(2, 3))  # pyright: ignore[reportArgumentType]
-    assert chosen == [["GPU:2"]]
-    assert grown == [("GPU:2", True)]
-
-
 def test_current_is_of_the_thread():
     one, two = on(SingleCommunicator()), on(SingleCommunicator())
     seen = []
@@ -179,13 +119,38 @@ def test_current_is_of_the_thread():
 
 
 def test_on_root_runs_there_and_tells_all():
-    communicator = FakeCommunicator(0, 2)
-    assert on(communicator).on_root(lambda: 7) == 7
-    assert communicator.calls == ["broadcast_object"]
     ran = []
-    other = on(FakeCommunicator(1, 2, broadcast=lambda told: (7, False, None)))
-    assert other.on_root(lambda: ran.append(1)) == 7
-    assert ran == []
+    communicator = FakeCommunicator(0, 2)
+    on(communicator).on_root(lambda: ran.append(0))
+    assert communicator.calls == ["broadcast_object"]
+    on(FakeCommunicator(1, 2)).on_root(lambda: ran.append(1))
+    assert ran == [0]
+
+
+def test_on_all_gives_each_rank_its_own_result():
+    communicator = FakeCommunicator(1, 2)
+    assert on(communicator).on_all(lambda: "mine") == "mine"
+    assert communicator.calls == ["allgather_object"]
+
+
+@pytest.mark.parametrize("kind", [SettingError, OSError])
+def test_on_all_raises_everywhere_what_one_rank_raised(kind):
+    """Rank 1 of 3 fails: it raises its own, the others what it told, and none goes on alone."""
+    told: list[Any] = []
+
+    def fail():
+        raise kind("no such module")
+
+    def everyone(mine):
+        told.append(mine)
+        return [None, mine, None]
+
+    with pytest.raises(kind, match=r"^no such module$"):
+        on(FakeCommunicator(1, 3, gather=everyone)).on_all(fail)
+    here = on(FakeCommunicator(0, 3, gather=lambda mine: [mine, told[0], None]))
+    elsewhere = SettingError if kind is SettingError else RankError
+    with pytest.raises(elsewhere, match=r"no such module$" if kind is SettingError else "Rank 1"):
+        here.on_all(lambda: "fine")
 
 
 def test_on_root_raises_everywhere():
@@ -207,7 +172,7 @@ def test_on_root_raises_everywhere():
     with pytest.raises(SettingError, match="wrong name"):
         on(Root()).on_root(fail(SettingError("wrong name")))
     disk, name = (on(FakeCommunicator(1, 2, broadcast=lambda _, m=m: m)) for m in told)
-    with pytest.raises(RootError, match="Rank 0 failed: disk full"):
+    with pytest.raises(RankError, match="Rank 0 failed: disk full"):
         disk.on_root(lambda: None)
     with pytest.raises(SettingError, match=r"^wrong name$"):
         name.on_root(lambda: None)
@@ -268,15 +233,3 @@ def test_evaluate_in_one_process_is_keras():
     x, y = np.ones((4, 2), "float32"), np.zeros((4, 1), "float32")
     expected = model.evaluate(x, y, verbose=0, return_dict=True)
     assert orchestrator.evaluate(model, x, y=y) == expected
-
-
-def test_an_uncaught_exception_ends_the_job(monkeypatch):
-    ended, printed = [], []
-    monkeypatch.setattr(runtimes.sys, "excepthook", lambda *error: printed.append(error))
-    communicator = FakeCommunicator()
-    monkeypatch.setattr(communicator, "abort", ended.append)
-    runtimes._abort_on_exception(communicator)  # pyright: ignore[reportArgumentType]
-    error = ValueError("x")
-    runtimes.sys.excepthook(ValueError, error, None)
-    assert ended == [1]
-    assert printed == [(ValueError, error, None)], "its traceback is shown first"

@@ -74,7 +74,10 @@ def test_two_alike_ranks_train_as_one():
 
 def test_sample_counts_weigh_uneven_ranks():
     """The other rank has one sample a step, with gradient zero: updates shrink by n / (n + 1)."""
-    quiet_rank = lambda bucket: [tf.zeros_like(t) for t in bucket[:-1]] + [tf.constant(1.0)]  # noqa: E731
+
+    def quiet_rank(bucket):
+        return [*map(tf.zeros_like, bucket[:-1]), tf.constant(1.0)]
+
     single, communicator = make(SingleCommunicator()), FakeCommunicator(gradients=quiet_rank)
     double = make(communicator)
     prepare(double, communicator, quiet)
@@ -199,7 +202,9 @@ def test_a_model_built_by_its_first_batch_starts_from_the_roots_weights():
     def broadcast(flat):
         return np.concatenate([root.view(np.uint8), flat[root.nbytes :]])
 
-    still = lambda bucket: [-t for t in bucket[:-1]] + [tf.constant(1.0)]  # noqa: E731
+    def still(bucket):
+        return [*map(tf.negative, bucket[:-1]), tf.constant(1.0)]
+
     communicator = FakeCommunicator(1, 2, broadcast=broadcast, gradients=still)
     model = make(communicator, built=False)
     made = prepare(model, communicator, quiet)

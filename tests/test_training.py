@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -114,8 +115,7 @@ def test_a_good_run(here, capsys):
         "history.csv",
         "outcome.json",
     ]
-    import mine  # pyright: ignore[reportMissingImports]
-
+    mine = importlib.import_module("mine")
     assert mine.CALLS == [("data", 8, 3, 20), ("model", 0.1)]
     # the settings as they were, overrides and defaults in them, and readable again
     settings = config.load(run / "config.yaml")
@@ -272,14 +272,14 @@ def test_a_missing_settings_file(here, capsys):
     [(10, 4, "8 or 12"), (3, 4, "4"), (65, 2, "64 or 66"), (7, 3, "6 or 9")],
 )
 def test_a_batch_that_cannot_be_shared(size, ranks, allowed):
-    ranks_runtime = Runtime(FakeCommunicator(0, ranks))  # pyright: ignore[reportArgumentType]
+    ranks_runtime = Runtime(FakeCommunicator(0, ranks))
     with pytest.raises(SettingError, match=f"={size} is not divisible by the {ranks} ranks") as e:
         check_batch(size, ranks_runtime)
     assert f"Nearest that are: {allowed}." in str(e.value)
 
 
 def test_batches_that_can():
-    check_batch(12, Runtime(FakeCommunicator(0, 4)))  # pyright: ignore[reportArgumentType]
+    check_batch(12, Runtime(FakeCommunicator(0, 4)))
     check_batch(13, Runtime(SingleCommunicator()))
 
 

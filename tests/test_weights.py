@@ -114,8 +114,8 @@ def test_broadcast_model_takes_the_roots_weights_and_optimizer():
 
 def test_seeds_of_many_ranks_differ():
     states = set()
+    model = make(3, dropout=True)
     for rank in range(64):
-        model = make(3, dropout=True) if rank == 0 else model  # noqa: F821
         (seed,) = weights.seed_variables(model)
         seed.assign(np.array([12345, 6], seed.dtype))
         weights.broadcast_model(FakeCommunicator(rank, 64), model)

@@ -154,9 +154,9 @@ def run(runtime: Runtime, snippet: str) -> dict[str, Any]:
     """All that the tests look at, the same on every rank."""
     facts = train(runtime, snippet)
     facts["weights_by_rank"] = runtime.communicator.allgather_object(facts["weights"])
-    facts["files"] = runtime.on_root(
-        lambda: {name: of_file(name) for name in sorted(os.listdir()) if name.endswith(".keras")}
-    )
+    saved = [name for name in sorted(os.listdir()) if name.endswith(".keras")]
+    mine = {name: of_file(name) for name in saved} if runtime.is_root else {}
+    facts["files"] = runtime.communicator.broadcast_object(mine)
     facts["left"] = sorted(os.listdir())
     return facts
 

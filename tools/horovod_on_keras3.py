@@ -16,18 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-TIMELINE = Path(tempfile.mkdtemp()) / "timeline.json"
-os.environ["HOROVOD_TIMELINE"] = str(TIMELINE)  # rank 0 writes it
-
-import horovod  # noqa: E402
-import horovod.tensorflow.keras as hvd  # noqa: E402
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from horovod.tensorflow import allgather_object, allreduce  # noqa: E402
+import horovod
+import horovod.tensorflow.keras as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow import allgather_object, allreduce
 
 STEPS = 10
 
@@ -71,6 +65,10 @@ def allreduced(path: Path) -> list[str]:
 
 def main() -> int:
     """Runs the three and prints the table on rank 0."""
+    timeline = Path(tempfile.mkdtemp()) / "timeline.json"
+    # Both are read at the start, of Horovod (rank 0 writes the timeline) and of TensorFlow.
+    os.environ["HOROVOD_TIMELINE"] = str(timeline)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     hvd.init()
     if hvd.size() < 2:
         print("Start me with: horovodrun -np 2 python tools/horovod_on_keras3.py", file=sys.stderr)
@@ -93,7 +91,7 @@ def main() -> int:
     hvd.shutdown()
     if rank:
         return 0
-    seen = allreduced(TIMELINE)
+    seen = allreduced(timeline)
     others = [name for name in seen if "by_hand" not in name]
     rows.insert(
         1,

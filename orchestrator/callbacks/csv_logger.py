@@ -27,7 +27,7 @@ class CSVLogger(keras.callbacks.CSVLogger):
         super().set_model(model)
         self._runtime = runtimes.current()
         self._runtime.prepare(model)
-        insert_first(self, model)
+        insert_first(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts the file."""

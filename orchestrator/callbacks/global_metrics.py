@@ -57,7 +57,7 @@ class GlobalMetrics(keras.callbacks.Callback):
         if self._runtime.size == 1 or logs is None:
             return
         train = self._train or metrics.snapshot(self.model)
-        states = [self._with_extras(train, logs)]
+        states = [metrics.with_logs(train, self.model, logs)]
         if self._test is not None:
             states.append(self._test)
         combined = metrics.global_states(self._runtime.communicator, self.model, states)
@@ -66,15 +66,9 @@ class GlobalMetrics(keras.callbacks.Callback):
             validation = metrics.results(self.model, combined[1])
             logs.update({f"val_{name}": value for name, value in validation.items()})
 
-    def _with_extras(self, state: metrics.MetricState, logs: Mapping[str, Any]):
-        own = metrics.reported_names(self.model)
-        own = own | {f"val_{name}" for name in own}
-        extras = {name: float(value) for name, value in logs.items() if name not in own}
-        return metrics.MetricState(state.values, extras)
 
-
-def insert_first(callback: keras.callbacks.Callback, model: keras.Model) -> None:
-    """Puts a `GlobalMetrics` first in the list that is calling `callback.set_model`.
+def insert_first(model: keras.Model) -> None:
+    """Puts a `GlobalMetrics` first in the `CallbackList` that is calling `set_model`.
 
     Keras hands a callback no reference to the `CallbackList` it is in, so it is looked up among
     the callers. Where there is none (callbacks driven by hand) nothing is done: the logs passed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -22,19 +22,20 @@ class Monitor(keras.callbacks.Callback):
     monitor: str
     min_delta: float
     monitor_op: Any
+    _set_monitor_op: Callable[[], None]
 
     def set_model(self, model: keras.Model) -> None:
         """Sees to it that logs are global before any callback reads them."""
         super().set_model(model)
         self._runtime = runtimes.current()
         self._runtime.prepare(model)
-        insert_first(self, model)
+        insert_first(model)
 
     def _improvement(self) -> Improvement:
         """The direction of `monitor`; Keras infers it once the metrics are built."""
         if self.monitor_op is None:
             try:
-                self._set_monitor_op()  # pyright: ignore[reportAttributeAccessIssue]
+                self._set_monitor_op()
             except ValueError as error:
                 raise SettingError(str(error)) from None
         mode = "min" if self.monitor_op is keras.ops.less else "max"

@@ -56,16 +56,3 @@ class Script(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         assert logs is not None
         logs[self.name] = self.values[epoch]
-
-
-class Recorder:
-    """Takes events."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def emit(self, kind: str, **values: Any) -> None:
-        self.events.append({"kind": kind, **values})
-
-    def kinds(self) -> list[str]:
-        return [event["kind"] for event in self.events]

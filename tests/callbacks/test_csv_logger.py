@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from orchestrator.callbacks import CSVLogger, ReduceLROnPlateau
-from orchestrator.runtime import RootError, Runtime
+from orchestrator.runtime import RankError, Runtime
 from tests.callbacks.models import Script, fit, make
 from tests.fakes import FakeCommunicator
 
@@ -122,17 +122,17 @@ def test_anywhere():
 
 def test_only_the_root_writes(tmp_path):
     communicator = FakeCommunicator(1, 2, broadcast=lambda told: told)
-    with Runtime(communicator).use():  # pyright: ignore[reportArgumentType]
+    with Runtime(communicator).use():
         fit(make(run_eagerly=False), CSVLogger(str(tmp_path / "log.csv")), epochs=2)
     assert os.listdir(tmp_path) == []
     assert communicator.calls.count("broadcast_object") == 3  # the opening, and each line
 
 
 def test_a_failure_of_the_root_is_raised_on_the_others(tmp_path):
-    communicator = FakeCommunicator(1, 2, broadcast=lambda told: (None, False, "disk full"))
+    communicator = FakeCommunicator(1, 2, broadcast=lambda told: (False, "disk full"))
     with (
-        Runtime(communicator).use(),  # pyright: ignore[reportArgumentType]
-        pytest.raises(RootError, match="Rank 0 failed: disk full"),
+        Runtime(communicator).use(),
+        pytest.raises(RankError, match="Rank 0 failed: disk full"),
     ):
         fit(make(run_eagerly=False), CSVLogger(str(tmp_path / "log.csv")))
 

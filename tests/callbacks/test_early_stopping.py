@@ -12,8 +12,8 @@ from orchestrator import SettingError
 from orchestrator.callbacks import EarlyStopping
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.runtime import Runtime
-from tests.callbacks.models import FakeModel, Recorder, Script, fit, make
-from tests.fakes import FakeCommunicator
+from tests.callbacks.models import FakeModel, Script, fit, make
+from tests.fakes import FakeCommunicator, Recorder
 
 
 def drive(stopper: EarlyStopping, values, name: str = "val_loss", stop_at: int | None = None):
@@ -150,7 +150,7 @@ def test_min_delta_is_not_flipped_twice():
 
 def test_in_fit_with_events():
     runtime, recorder = Runtime(SingleCommunicator()), Recorder()
-    runtime.events = recorder  # pyright: ignore[reportAttributeAccessIssue]
+    runtime.events = recorder
     stopper = EarlyStopping(patience=2, restore_best_weights=True)
     model, seen = make(), {}
     keep = keras.callbacks.LambdaCallback(
@@ -193,7 +193,6 @@ def test_only_the_root_keeps_weights_and_restores_by_broadcast():
     with Runtime(communicator).use():
         stopper = EarlyStopping(patience=1, restore_best_weights=True)
         model = FakeModel()
-        stopper.set_model = lambda model: None  # type: ignore[method-assign]
         stopper._runtime = Runtime(communicator)
         keras.callbacks.Callback.set_model(stopper, model)
         stopper.on_train_begin()

@@ -93,7 +93,7 @@ def test_one_process_sees_what_keras_says():
 def fit_on_two(*members, communicator=None, **options):
     communicator = communicator or FakeCommunicator()
     model = make(run_eagerly=False)
-    with Runtime(communicator).use():  # pyright: ignore[reportArgumentType]
+    with Runtime(communicator).use():
         history = fit(model, *members, **options)
     return communicator, history
 
@@ -154,7 +154,7 @@ def test_what_a_train_step_returns_is_averaged():
         return flat + other
 
     witness = Witness()
-    with Runtime(FakeCommunicator(reduce=reduce)).use():  # pyright: ignore[reportArgumentType]
+    with Runtime(FakeCommunicator(reduce=reduce)).use():
         model.fit(X, Y, verbose=0, callbacks=[GlobalMetrics(), witness])
     assert sizes == [3]
     assert witness.seen[0]["norm"] == 4.0
@@ -163,6 +163,6 @@ def test_what_a_train_step_returns_is_averaged():
 def test_evaluate_alone_does_not_communicate():
     communicator = FakeCommunicator()
     model = make(run_eagerly=False)
-    with Runtime(communicator).use():  # pyright: ignore[reportArgumentType]
+    with Runtime(communicator).use():
         model.evaluate(X, Y, verbose=0, callbacks=[GlobalMetrics()])
     assert communicator.calls == []

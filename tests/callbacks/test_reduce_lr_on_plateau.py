@@ -12,7 +12,8 @@ from orchestrator import SettingError
 from orchestrator.callbacks import ReduceLROnPlateau
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.runtime import Runtime
-from tests.callbacks.models import Recorder, Script, fit, make
+from tests.callbacks.models import Script, fit, make
+from tests.fakes import Recorder
 
 
 def rate(model: keras.Model) -> float:
@@ -96,7 +97,6 @@ def test_nan_in_the_middle_waits():
     assert rate(model) == pytest.approx(0.01)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_metric_that_is_not_there():
     with pytest.warns(UserWarning, match=r"`val_acc` which is not available.*learning_rate"):
         fit(make(), ReduceLROnPlateau("val_acc", mode="max"))
@@ -109,7 +109,7 @@ def test_a_direction_that_cannot_be_inferred():
 
 def test_events():
     runtime, recorder = Runtime(SingleCommunicator()), Recorder()
-    runtime.events = recorder  # pyright: ignore[reportAttributeAccessIssue]
+    runtime.events = recorder
     with runtime.use():
         fit(make(), Script([1.0, 2.0, 2.0]), ReduceLROnPlateau(patience=2), epochs=3)
     (event,) = recorder.events

@@ -18,6 +18,7 @@ import tensorflow as tf
 from orchestrator import callbacks
 from orchestrator.runtime import Runtime
 from tests.distributed import problems
+from tests.fakes import Recorder
 
 EPOCHS = 20
 VALIDATION = 413  # divisible by neither 2, 3 nor 4; batches of 64, the last of 29
@@ -26,7 +27,7 @@ MIN_DELTA = 2e-4
 
 def train(runtime: Runtime) -> dict[str, Any]:
     """Overfits on purpose, so that the validation loss turns: a cut of the rate, then the stop."""
-    runtime.events = recorder = problems.Recorder()
+    runtime.events = recorder = Recorder()
     with runtime.scope():
         model = problems.mlp(24, activation="tanh", seed=5)
         model.compile(

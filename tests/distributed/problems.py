@@ -9,7 +9,6 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from orchestrator.communicators.single import SingleCommunicator
-from orchestrator.events import Events
 from orchestrator.runtime import Runtime
 
 
@@ -49,19 +48,6 @@ def points(targets: Any) -> tuple[np.ndarray, np.ndarray]:
 def alone() -> Runtime:
     """A runtime of one process, for the reference on the same machine."""
     return Runtime(SingleCommunicator())
-
-
-class Recorder(Events):
-    """Keeps every decision."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def emit(self, kind: str, *, epoch: int | None, step: int | None, rank: int, **values: Any):
-        self.records.append({"kind": kind, "epoch": epoch, "step": step, "rank": rank, **values})
-
-    def epochs(self, kind: str) -> list[int]:
-        return [r["epoch"] for r in self.records if r["kind"] == kind]
 
 
 class Weights(keras.callbacks.Callback):

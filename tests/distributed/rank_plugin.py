@@ -21,6 +21,8 @@ _file = os.open(FOLDER / f"rank-{_RANK}.log", os.O_WRONLY | os.O_CREAT | os.O_TR
 os.dup2(_file, 1)
 os.dup2(_file, 2)
 
+SIZE = int(os.environ["ORCHESTRATOR_TEST_SIZE"])
+several = pytest.mark.several  # needs more ranks than one: not collected on one
 runtime: Any = None
 figures: dict[str, float] = {}
 _session: Any = None
@@ -35,7 +37,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _session = session
     runtime = orchestrator.init(seed=7)
     assert runtime.backend == os.environ["ORCHESTRATOR_TEST_BACKEND"], runtime.backend
-    assert runtime.size == int(os.environ["ORCHESTRATOR_TEST_SIZE"]), runtime.size
+    assert runtime.size == SIZE, runtime.size
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "several: needs more ranks than one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SIZE == 1:
+        items[:] = [item for item in items if item.get_closest_marker("several") is None]
 
 
 @pytest.hookimpl(trylast=True)

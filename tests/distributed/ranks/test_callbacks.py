@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator import callbacks
 from orchestrator.config import SettingError
-from orchestrator.runtime import RootError
+from orchestrator.runtime import RankError
 from tests.distributed import problems
 
 
@@ -205,7 +205,7 @@ def test_a_failed_save_is_raised_everywhere(runtime, communicator, shared_path, 
         kind = OSError
     communicator.barrier()
     saver = callbacks.ModelCheckpoint(str(target))
-    with pytest.raises(kind if runtime.is_root else RootError) as caught:
+    with pytest.raises(kind if runtime.is_root else RankError) as caught:
         fit_digits(runtime, [saver], epochs=2)
     assert "model.keras" in str(caught.value) or "file" in str(caught.value)
     left = [path.name for path in shared_path.rglob("*")]

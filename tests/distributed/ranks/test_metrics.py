@@ -12,6 +12,7 @@ import orchestrator
 from orchestrator import callbacks
 from orchestrator.runtime import Runtime
 from tests.distributed import problems
+from tests.distributed.rank_plugin import several
 
 METRICS = {
     "accuracy": lambda: keras.metrics.CategoricalAccuracy(name="accuracy"),
@@ -76,10 +77,9 @@ def test_evaluate_equals_one_process(runtime, communicator, count):
     assert all(other == ours for other in communicator.allgather_object(ours))
 
 
+@several
 @pytest.mark.parametrize(("chosen", "buckets"), [(["accuracy"], 3), ([*METRICS], 1)])
 def test_collectives_are_counted(runtime, communicator, chosen, buckets, monkeypatch):
-    if runtime.size == 1:
-        pytest.skip("one rank has no collectives")
     counting: Any = problems.Counting(communicator)
     sums = []
     if runtime.backend == "mpi":
