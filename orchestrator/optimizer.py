@@ -41,7 +41,7 @@ class ReducedApply:
 
         sum over ranks of (samples * gradient) / sum over ranks of (samples)
 
-    which is the gradient of the mean loss over the global batch. Weights and gradients travel
+    which is the gradient of the mean loss over the global batch. Counts and gradients travel
     together, in one grouped collective a bucket.
     """
 
