@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator import metrics
 from orchestrator.communicators.single import SingleCommunicator
-from orchestrator.metrics import MetricState, global_states, results, snapshot
+from orchestrator.metrics import MetricState, global_states, reported_names, results, snapshot
 from tests.fakes import FakeCommunicator
 
 
@@ -214,3 +214,17 @@ def test_every_built_in_metric_says_how_it_adds_up():
         assert {v.aggregation for v in metric.variables} <= {"sum"}, name
     assert seen >= 37
     assert metrics.MetricState([]).extras == {}
+
+
+def test_names_are_asked_for_once_until_the_model_is_compiled_anew(monkeypatch):
+    model = make("mae")
+    x, y = data(8)
+    model.evaluate(x, y, verbose=0)
+    asked = []
+    own = model.get_metrics_result
+    monkeypatch.setattr(model, "get_metrics_result", lambda: asked.append(1) or own())
+    assert reported_names(model) == reported_names(model) == {"loss", "mae"}
+    assert len(asked) == 1
+    model.compile("sgd", "mse", metrics=["mse", "mape"])
+    model.evaluate(x, y, verbose=0)
+    assert reported_names(model) == {"loss", "mse", "mape"}
