@@ -49,11 +49,13 @@ class Train(_Section):
         epochs: At most so many.
         global_batch_size: Samples a step over all ranks together; a multiple of the ranks.
         gradient_buckets: Grouped collectives a step; 1 by default.
+        gradient_compression: `fp16` or `bf16`; by default gradients travel as they are.
     """
 
     epochs: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
     gradient_buckets: int = Field(1, ge=1)
+    gradient_compression: Literal["fp16", "bf16"] | None = None
 
 
 class UserFunction(_Section):

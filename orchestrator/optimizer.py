@@ -1,106 +1,85 @@
-"""Gradients reduced across ranks inside a Keras optimizer, each rank weighted by its samples."""
+"""Keras optimizers that reduce their gradients across ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from orchestrator.communicators.base import Communicator
+from orchestrator.communicators.base import WIRES, Communicator, Wire
+from orchestrator.gradients import Reduction
 
-_traced = threading.local()
-
-
-@contextlib.contextmanager
-def samples(count: tf.Tensor | int) -> Iterator[None]:
-    """Says how many samples stand behind the gradients applied inside; does not communicate.
-
-    `Runtime.broadcast` puts it around a model's `train_step`; a training loop of your own puts it
-    around `optimizer.apply_gradients`.
-
-    Args:
-        count: Scalar, this rank's samples in this step; 0 where it has none.
-    """
-    previous = getattr(_traced, "samples", None)
-    _traced.samples = count
-    try:
-        yield
-    finally:
-        _traced.samples = previous
+_numbers = itertools.count()
 
 
 class ReducedApply:
     """Stands in for one optimizer's `apply`: gradients first become the global batch's.
 
     The optimizer keeps its class, its config and its variables, so files it is saved in load
-    where this package is not installed. The result on every rank is
-
-        sum over ranks of (samples * gradient) / sum over ranks of (samples)
-
-    which is the gradient of the mean loss over the global batch. Counts and gradients travel
-    together, in one grouped collective a bucket.
+    where this package is not installed. With `gradient_accumulation_steps` each rank adds up its
+    own share, and gradients are reduced on update steps only; the counts, one number, each step.
     """
 
-    def __init__(
-        self, optimizer: keras.optimizers.Optimizer, communicator: Communicator, buckets: int
-    ) -> None:
+    def __init__(self, optimizer: keras.optimizers.Optimizer, reduction: Reduction) -> None:
+        self._optimizer = optimizer
         self._apply = optimizer.apply
-        self._communicator = communicator
-        self._buckets = buckets
+        self.reduction = reduction
 
     def __call__(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Reduces `grads` (dense or `IndexedSlices`, `None` where there is none), then applies."""
         grads = list(grads)
-        present = [i for i, grad in enumerate(grads) if grad is not None]
+        variables = None if trainable_variables is None else list(trainable_variables)
         # The backward pass yields the last layers' gradients first.
-        order = list(reversed(present))
-        reduced = self._reduce([tf.convert_to_tensor(grads[i]) for i in order])
-        for i, grad in zip(order, reduced, strict=True):
-            grads[i] = grad
-        self._apply(grads, trainable_variables)
+        order = [i for i in reversed(range(len(grads))) if grads[i] is not None]
+        if order:
+            own = [grads[i] for i in order]
+            if self._optimizer.gradient_accumulation_steps:
+                reduced = self._accumulated(own, self._accumulators(variables, order))
+            else:
+                reduced = self.reduction.mean(own)
+            for i, grad in zip(order, reduced, strict=True):
+                grads[i] = grad
+        self._apply(grads, variables)
 
-    def _reduce(self, grads: list[tf.Tensor]) -> list[tf.Tensor]:
-        if not grads:
-            return grads
-        count = tf.cast(_sample_count(), tf.float32)
-        # A rank without samples sends zeros, also where its mean over nothing was NaN.
-        weighted = [tf.math.multiply_no_nan(g, tf.cast(count, g.dtype)) for g in grads]
-        buckets = [[*bucket, count] for bucket in cut(weighted, self._buckets)]
-        result: list[tf.Tensor] = []
-        for *sums, total in self._communicator.sum_gradients(buckets):
-            result.extend(s / tf.cast(total, s.dtype) for s in sums)
-        return result
+    def _accumulators(self, variables: list[Any] | None, order: list[int]) -> list[Any]:
+        """Keras's own accumulators of the variables with gradients."""
+        optimizer = self._optimizer
+        known = optimizer._trainable_variables if variables is None else variables
+        if not optimizer.built:
+            with keras.name_scope(optimizer.name, caller=optimizer):
+                optimizer.build(known)
+        return [
+            optimizer._accumulated_gradients[optimizer._get_variable_index(known[i])] for i in order
+        ]
 
+    def _accumulated(self, grads: list[Any], accumulators: list[Any]) -> list[Any]:
+        """This rank's share, or on an update step the sum of what all ranks have accumulated.
 
-def _sample_count() -> Any:
-    count = getattr(_traced, "samples", None)
-    if count is None:
-        raise RuntimeError(
-            "This optimizer is distributed, but nothing says how many samples are behind its "
-            "gradients. Call `runtime.broadcast(model)` before `model.fit`; in a training loop "
-            "of your own put `with runtime.samples(count):` around `optimizer.apply_gradients`."
-        )
-    return count
+        Keras adds its accumulator to what it is given. It is emptied before, so that what is
+        applied has the same bytes on every rank.
+        """
+        steps = self._optimizer.gradient_accumulation_steps
+        own = [tf.convert_to_tensor(share) for share in self.reduction.shares(grads)]
 
+        def everyone() -> list[Any]:
+            mine = [a.value + tf.cast(g, a.dtype) for a, g in zip(accumulators, own, strict=True)]
+            sums = self.reduction.sum(mine)
+            for accumulator in accumulators:
+                accumulator.assign(tf.zeros(accumulator.shape, accumulator.dtype))
+            return [tf.cast(s, g.dtype) for s, g in zip(sums, own, strict=True)]
 
-def cut(tensors: Sequence[tf.Tensor], buckets: int) -> list[list[tf.Tensor]]:
-    """Cuts tensors, in order, into at most `buckets` runs of about equal bytes, none empty."""
-    sizes = [(t.shape.num_elements() or 1) * t.dtype.size for t in tensors]
-    total, done = sum(sizes), 0
-    result: list[list[tf.Tensor]] = [[] for _ in range(buckets)]
-    for tensor, size in zip(tensors, sizes, strict=True):
-        middle = done + size / 2
-        result[min(int(middle * buckets / total), buckets - 1)].append(tensor)
-        done += size
-    return [bucket for bucket in result if bucket]
+        is_update = (tf.convert_to_tensor(calls(self._optimizer)) + 1) % steps == 0
+        return list(tf.cond(is_update, everyone, lambda: list(own)))
 
 
 def distribute(
-    optimizer: keras.optimizers.Optimizer, communicator: Communicator, buckets: int = 1
+    optimizer: keras.optimizers.Optimizer,
+    communicator: Communicator,
+    buckets: int = 1,
+    compression: Wire | None = None,
 ) -> keras.optimizers.Optimizer:
     """Makes `optimizer` reduce its gradients; returns it. Does not communicate.
 
@@ -109,10 +88,12 @@ def distribute(
         communicator: The ranks. With one rank nothing is changed.
         buckets: Grouped collectives a step, 1 or more; one by default. More let the reduction
             of the last layers overlap the backward pass of the first.
+        compression: `"fp16"` or `"bf16"`: dense gradients travel in half precision. `None`, the
+            default, sends them as they are.
 
     Raises:
         TypeError: `optimizer` is not a Keras 3 optimizer.
-        ValueError: `buckets` is below 1.
+        ValueError: `buckets` is below 1, or `compression` is unknown.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
@@ -121,9 +102,17 @@ def distribute(
         )
     if buckets < 1:
         raise ValueError(f"gradient_buckets must be 1 or more, got {buckets}.")
+    if compression is not None and compression not in WIRES:
+        raise ValueError(f"compression={compression!r} is unknown. Allowed: {WIRES} or None.")
     if communicator.size > 1 and not is_distributed(optimizer):
-        optimizer.apply = ReducedApply(optimizer, communicator, buckets)
+        # Ranks that distribute their optimizers in one order give them the same names.
+        name = f"optimizer.{next(_numbers)}"
+        _replace(optimizer, Reduction(communicator, name, buckets, compression))
     return optimizer
+
+
+def _replace(optimizer: Any, reduction: Reduction) -> None:
+    optimizer.apply = ReducedApply(optimizer, reduction)
 
 
 def is_distributed(optimizer: Any) -> bool:
@@ -131,15 +120,28 @@ def is_distributed(optimizer: Any) -> bool:
     return isinstance(getattr(optimizer, "apply", None), ReducedApply)
 
 
-def settle(optimizer: Any, communicator: Communicator) -> None:
+def settle(optimizer: Any) -> None:
     """Moves the reduction from inside a `LossScaleOptimizer` to its outside.
 
     Keras wraps the optimizer of a mixed-precision model on `compile`. The wrapper looks for
     non-finite gradients before it calls the inner optimizer; reduced first, they are non-finite
-    on every rank alike, and all ranks skip the step.
+    on every rank alike, and all ranks skip the step. Accumulated gradients are then reduced each
+    step: a step that one rank skipped alone would part the ranks.
     """
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None and is_distributed(inner):
-        buckets = inner.apply._buckets
+        reduction = inner.apply.reduction
         del inner.apply
-        distribute(optimizer, communicator, buckets)
+        _replace(optimizer, reduction)
+
+
+def calls(optimizer: Any) -> Any:
+    """The variable that counts an optimizer's steps; `iterations` counts its updates."""
+    return optimizer._iterations
+
+
+def own_state(optimizer: Any) -> list[Any]:
+    """The variables of an optimizer that differ between ranks: what each has accumulated."""
+    if not is_distributed(optimizer):
+        return []
+    return [v for v in getattr(optimizer, "_accumulated_gradients", []) if v is not None]

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, cast
 import keras
 import tensorflow as tf
 
-from orchestrator import backends, data, metrics, optimizer, steps
-from orchestrator.communicators.base import Communicator
+from orchestrator import backends, data, gradients, metrics, mirrored, optimizer, steps
+from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
 from orchestrator.events import Events
@@ -50,6 +50,7 @@ class Runtime:
         seed: int = 0,
         strategy: tf.distribute.Strategy | None = None,
         gradient_buckets: int = 1,
+        gradient_compression: Wire | None = None,
     ) -> None:
         self.communicator = communicator
         self.backend = backend or communicator.name
@@ -57,6 +58,7 @@ class Runtime:
         self.strategy = strategy
         self.events = Events()
         self._buckets = gradient_buckets
+        self._compression: Wire | None = gradient_compression
         self._said: set[str] = set()
 
     @property
@@ -95,7 +97,7 @@ class Runtime:
         global batch. Needs `broadcast(model)`. Does not communicate itself; each training step
         then makes one grouped collective a bucket.
         """
-        return optimizer.distribute(optimizer_, self.communicator, self._buckets)
+        return optimizer.distribute(optimizer_, self.communicator, self._buckets, self._compression)
 
     def broadcast(self, model: keras.Model) -> None:
         """Gives all ranks rank 0's weights and optimizer state; called by all ranks.
@@ -114,16 +116,11 @@ class Runtime:
         Raises:
             RuntimeError: Under MirroredStrategy, the model was built outside `scope()`.
         """
-        if self.strategy is not None and model.distribute_strategy is not self.strategy:
-            raise RuntimeError(
-                "backend='mirrored' trains a model on all replicas only where it is built and "
-                "compiled inside `with runtime.scope():`; this one was built outside it."
-            )
         if self.strategy is not None:
-            steps.build_without_reading(model)
+            mirrored.prepare(model, self.strategy)
         return steps.prepare(model, self.communicator, self.say_once)
 
-    samples = staticmethod(optimizer.samples)
+    samples = staticmethod(gradients.samples)
 
     def shard(
         self, dataset: Any, *, batch_size: int | None = None, shuffle: bool = False
@@ -205,6 +202,7 @@ def init(
     replicas: int | None = None,
     deterministic: bool = False,
     gradient_buckets: int = 1,
+    gradient_compression: Wire | None = None,
 ) -> Runtime:
     """Joins the ranks: chooses the backend, pins this rank's GPU, seeds; called by all, once.
 
@@ -216,6 +214,8 @@ def init(
             devices where there is no GPU.
         deterministic: Makes TensorFlow's operations deterministic (slower). False by default.
         gradient_buckets: Grouped collectives a training step, 1 by default.
+        gradient_compression: `"fp16"` or `"bf16"` halves what gradients weigh on the wire, and
+            their precision there; `None` by default.
 
     Raises:
         SettingError: An unknown backend, or `replicas` where they have no meaning.
@@ -232,6 +232,11 @@ def init(
         raise SettingError(f"backend={backend!r} is unknown. Allowed: {', '.join(BACKENDS)}.")
     if gradient_buckets < 1:
         raise SettingError(f"gradient_buckets={gradient_buckets} is not allowed: 1 or more.")
+    if gradient_compression not in (None, *WIRES):
+        raise SettingError(
+            f"gradient_compression={gradient_compression!r} is unknown. Allowed: "
+            f"{', '.join(WIRES)} or None."
+        )
     gpus = backends.visible_gpus()
     chosen = backends.detect(gpus) if backend == "auto" else backend
     if replicas is not None and (chosen != "mirrored" or replicas < 1):
@@ -253,6 +258,7 @@ def init(
         seed=seed,
         strategy=strategy,
         gradient_buckets=gradient_buckets,
+        gradient_compression=gradient_compression,
     )
     if communicator.size > 1:
         backends.abort_on_exception(communicator)

@@ -8,23 +8,22 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from orchestrator import empty_parts, gradients, losses, statistics, weights
 from orchestrator import optimizer as optimizers
-from orchestrator import weights
 from orchestrator.communicators.base import Communicator
-from orchestrator.config import SettingError
 
 
 class DivergedError(RuntimeError):
-    """The ranks' weights differ after the first training step."""
+    """The ranks' weights differ."""
 
 
 class Steps:
     """One model's steps on many ranks; made once a model by `prepare`.
 
-    `train_step` and `test_step` are wrapped so that the optimizer learns how many samples are
-    behind a step, and so that a rank without samples in a step takes part in its collectives
-    and leaves no trace in its own state. The function Keras makes from them compares the ranks'
-    weights after its first call.
+    `train_step` and `test_step` are wrapped so that the optimizer learns what is behind a step's
+    gradients, and so that a rank without samples in a step takes part in its collectives and
+    leaves no trace in its own state. The function Keras makes from them compares the ranks'
+    weights after its first call. Before an evaluation moving statistics are brought together.
     """
 
     def __init__(
@@ -35,10 +34,14 @@ class Steps:
         self._say = say
         self._broadcast_pending = False
         self._broadcast_done = False
+        self.statistics = statistics.MovingStatistics(model, communicator)
         self._make_train_function = model.make_train_function
-        model.train_step = _on_own_samples(model, model.train_step, training=True)
-        model.test_step = _on_own_samples(model, model.test_step, training=False)
-        model.make_train_function = self._make_function
+        self._make_test_function = model.make_test_function
+        losses.count_by_divisor(model)
+        model.train_step = self._on_own_samples(model.train_step, training=True)
+        model.test_step = self._on_own_samples(model.test_step, training=False)
+        model.make_train_function = self._train_function
+        model.make_test_function = self._test_function
         # Functions Keras traced before this call do not know the wrapped steps.
         model.train_function = None
         model.test_function = None
@@ -50,10 +53,31 @@ class Steps:
             self._broadcast_done = True
         self._broadcast_pending = not self._model.built
 
-    def _make_function(self, force: bool = False) -> Any:
+    def _on_own_samples(self, step: empty_parts.Step, training: bool) -> empty_parts.Step:
         model = self._model
-        _refuse_sums(model)
-        optimizers.settle(model.optimizer, self._communicator)
+
+        @tf.autograph.experimental.do_not_convert
+        def wrapped(data: Any) -> Any:
+            count, _ = empty_parts.batch_size(data)
+            state = list(model.metrics_variables)
+            if training:
+                statistics.synchronize(model, self._communicator)
+                state += _of_this_rank(model)
+                self.statistics.saw(count)
+            with gradients.samples(count):
+                return empty_parts.run(step, data, state)
+
+        return wrapped
+
+    def _test_function(self, force: bool = False) -> Any:
+        """Called by Keras on all ranks, as each evaluation begins."""
+        self.statistics.merge()
+        return self._make_test_function(force)
+
+    def _train_function(self, force: bool = False) -> Any:
+        model = self._model
+        for optimizer in weights.optimizers(model):
+            optimizers.settle(optimizer)
         if model.jit_compile:
             self._say(
                 "XLA compilation of the training step is off: XLA cannot compile the reduction "
@@ -69,12 +93,16 @@ class Steps:
         return model.train_function
 
     def _self_testing(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def step(iterator: Any) -> Any:
+            self.statistics.stale = True
+            return function(iterator)
+
         def first_step(iterator: Any) -> Any:
             if self._broadcast_pending:
                 _build(self._model, iterator)
                 self.broadcast()
-            logs = function(iterator)
-            self._model.train_function = function
+            logs = step(iterator)
+            self._model.train_function = step
             self.compare_weights()
             return logs
 
@@ -86,11 +114,13 @@ class Steps:
         Raises:
             DivergedError: On every rank, if any differs on any.
         """
-        model = self._model
-        variables = [*model.trainable_variables, *model.optimizer.variables]
+        used = [o for o in weights.optimizers(self._model) if int(optimizers.calls(o).numpy())]
         mine = {
-            "digests": [(v.path, str(v.shape), weights.digest(v.numpy())) for v in variables],
-            "distributed": optimizers.is_distributed(model.optimizer),
+            "digests": [
+                (v.path, str(v.shape), weights.digest(v.numpy()))
+                for v in weights.shared_variables(self._model)
+            ],
+            "distributed": all(optimizers.is_distributed(o) for o in used),
             "broadcast": self._broadcast_done,
         }
         everyone = self._communicator.allgather_object(mine)
@@ -106,15 +136,15 @@ class Steps:
             )
 
 
-def _refuse_sums(model: keras.Model) -> None:
-    """Gradients are averaged by samples, which is wrong for a loss that is a sum over them."""
-    for loss in tf.nest.flatten(model.loss):
-        if getattr(loss, "reduction", None) == "sum":
-            raise SettingError(
-                f"The loss {loss.name!r} has reduction='sum', which is not supported on many "
-                "ranks: gradients are averaged by samples. Use 'sum_over_batch_size' (Keras's "
-                "default) and multiply the learning rate by the global batch size."
-            )
+def _of_this_rank(model: keras.Model) -> list[Any]:
+    """What a training step changes on one rank alone, such as seeds and moving statistics."""
+    shared = {
+        id(v)
+        for layer in model._flatten_layers()
+        if statistics.is_synchronized(layer)
+        for v in layer.non_trainable_variables
+    }
+    return [v for v in model.non_trainable_variables if id(v) not in shared]
 
 
 def _build(model: keras.Model, iterator: Any) -> None:
@@ -150,62 +180,6 @@ def _explain(path: str, differing: list[int], everyone: list[dict[str, Any]]) ->
     )
 
 
-def _on_own_samples(
-    model: keras.Model, step: Callable[[Any], Any], training: bool
-) -> Callable[[Any], Any]:
-    @tf.autograph.experimental.do_not_convert
-    def wrapped(data: Any) -> Any:
-        count, known = _batch_size(data)
-        if known or not _is_dense(data):
-            with optimizers.samples(count):
-                return step(data)
-        variables = list(model.metrics_variables)
-        if training:
-            variables += model.non_trainable_variables
-        before = [tf.convert_to_tensor(v) for v in variables]
-        stand_in = tf.cond(
-            count > 0, lambda: _identity(data), lambda: tf.nest.map_structure(_one_zero, data)
-        )
-        with optimizers.samples(count):
-            logs = step(stand_in)
-        tf.cond(count > 0, tf.no_op, lambda: _restore(variables, before))
-        return logs
-
-    return wrapped
-
-
-def _batch_size(data: Any) -> tuple[Any, bool]:
-    """The number of samples in a batch (scalar int32), and whether it is known while tracing."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    first = next(leaf for leaf in tf.nest.flatten(x) if leaf is not None)
-    static = first.shape[0]
-    return (tf.shape(first)[0] if static is None else static), bool(static)
-
-
-def _is_dense(data: Any) -> bool:
-    return all(
-        leaf is None
-        or (tf.is_tensor(leaf) and not isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)))
-        for leaf in tf.nest.flatten(data)
-    )
-
-
-def _identity(data: Any) -> Any:
-    return tf.nest.map_structure(lambda leaf: None if leaf is None else tf.identity(leaf), data)
-
-
-def _one_zero(leaf: Any) -> Any:
-    if leaf is None:
-        return None
-    return tf.zeros(tf.concat([[1], tf.shape(leaf)[1:]], 0), leaf.dtype)
-
-
-def _restore(variables: list[Any], values: list[tf.Tensor]) -> tf.Operation:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-    return tf.no_op()
-
-
 _ATTRIBUTE = "_orchestrator_steps"
 
 
@@ -215,8 +189,8 @@ def prepare(
     """Readies a model's steps for many ranks, once a model; does not communicate.
 
     Args:
-        model: Any Keras model; its `train_step`, `test_step` and `make_train_function` are
-            wrapped on the instance, its class and its saved files stay as they are.
+        model: Any Keras model. Methods are wrapped on the instance: its class and its saved
+            files stay as they are.
         communicator: The ranks.
         say: Called with a line for the terminal.
 
@@ -230,29 +204,3 @@ def prepare(
         steps = Steps(model, communicator, say)
         object.__setattr__(model, _ATTRIBUTE, steps)
     return steps
-
-
-def build_without_reading(model: keras.Model) -> None:
-    """Makes Keras build a model under a strategy from the data's spec instead of from a batch.
-
-    Keras would open one more pass over the data to look at its first batch. A seeded shuffle
-    then gives its second order in the first epoch, and the replicas train on other batches than
-    one process does.
-    """
-    name = "_maybe_symbolic_build"
-    if name in vars(model):
-        return
-    own = getattr(model, name)
-
-    def build(iterator: Any = None, data_batch: Any = None) -> None:
-        dataset = getattr(iterator, "_distributed_dataset", None)
-        if dataset is None:
-            own(iterator=iterator, data_batch=data_batch)
-        else:
-            own(data_batch=tf.nest.map_structure(_of_one_replica, dataset.element_spec))
-
-    setattr(model, name, build)
-
-
-def _of_one_replica(spec: Any) -> Any:
-    return getattr(spec, "_value_specs", [spec])[0]

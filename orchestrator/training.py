@@ -111,6 +111,7 @@ def start(settings: Settings) -> Runtime:
         replicas=settings.run.replicas,
         deterministic=settings.run.deterministic,
         gradient_buckets=settings.train.gradient_buckets,
+        gradient_compression=settings.train.gradient_compression,
     )
 
 

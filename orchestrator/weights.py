@@ -8,8 +8,10 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from orchestrator.communicators.base import Communicator
+from orchestrator.optimizer import own_state
 
 MESSAGE_BYTES = 64 * 2**20
 
@@ -76,20 +78,58 @@ def broadcast_model(communicator: Communicator, model: keras.Model) -> None:
         variable.assign(mixed if communicator.rank else state)
 
 
+def optimizers(model: keras.Model) -> list[Any]:
+    """The optimizers a model holds: the compiled one, and others among its attributes."""
+    held = [getattr(model, "optimizer", None), *vars(model).values()]
+    found = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
+    return list(found.values())
+
+
 def state_variables(model: keras.Model) -> list[Any]:
-    """The variables that must be the same on all ranks: weights, then the optimizer's."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        return list(model.weights)
-    if not optimizer.built and model.trainable_variables:
-        optimizer.build(model.trainable_variables)
-    return [*model.weights, *optimizer.variables]
+    """The variables that must start the same on all ranks: weights, then the optimizers'."""
+    held = optimizers(model)
+    if len(held) == 1 and not held[0].built and model.trainable_variables:
+        held[0].build(model.trainable_variables)
+    return [*model.weights, *(v for optimizer in held for v in optimizer.variables)]
+
+
+def shared_variables(model: keras.Model) -> list[Any]:
+    """The variables that are the same on all ranks after every step.
+
+    Not among them: moving statistics, and gradients accumulated since the last update.
+    """
+    held = optimizers(model)
+    own = {id(v) for optimizer in held for v in own_state(optimizer)}
+    variables = [v for optimizer in held for v in optimizer.variables if id(v) not in own]
+    return [*model.trainable_variables, *variables]
 
 
 def seed_variables(model: keras.Model) -> list[Any]:
     """The states of the model's `keras.random.SeedGenerator`s."""
     weights = {id(v) for v in (*model.weights, *model.metrics_variables)}
     return [v for v in model.variables if id(v) not in weights]
+
+
+def fingerprints(variables: Sequence[Any]) -> np.ndarray:
+    """One int64 for each variable, worked out where it lies; does not communicate.
+
+    The bits of element i, read as an integer, times 2i + 1, added up modulo 2^64: an odd factor
+    loses no bit, so that any single change shows, and so does an exchange of two elements.
+    """
+    return np.asarray(_fingerprints([tf.convert_to_tensor(v) for v in variables]))
+
+
+_INTEGERS = {1: tf.int8, 2: tf.int16, 4: tf.int32, 8: tf.int64}
+
+
+@tf.function(reduce_retracing=True)
+def _fingerprints(tensors: list[tf.Tensor]) -> tf.Tensor:
+    sums = []
+    for tensor in tensors:
+        flat = tf.reshape(tf.cast(tensor, tf.int8) if tensor.dtype == tf.bool else tensor, [-1])
+        bits = tf.cast(tf.bitcast(flat, _INTEGERS[flat.dtype.size]), tf.int64)
+        sums.append(tf.reduce_sum(bits * tf.range(1, 2 * tf.size(bits, tf.int64), 2)))
+    return tf.stack(sums)
 
 
 def digest(array: np.ndarray) -> str:

@@ -74,12 +74,17 @@ class FakeCommunicator:
     def abort(self, code: int) -> None:
         raise AssertionError(f"abort({code})")
 
-    def sum_gradients(self, buckets: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def sum_gradients(
+        self, buckets: Sequence[Sequence[Any]], name: str, wire: str | None = None
+    ) -> list[list[Any]]:
         self.buckets += [len(bucket) for bucket in buckets]
         return [
             [mine + other for mine, other in zip(bucket, self._gradients(bucket), strict=True)]
             for bucket in buckets
         ]
+
+    def concat_rows(self, tensor: Any, name: str) -> Any:
+        return tf.concat([tensor] * self.size, 0)
 
 
 class Recorder(Events):

@@ -200,7 +200,7 @@ def test_what_a_script_uses():
     model = build()
     assert runtime.distribute(model.optimizer) is model.optimizer
     assert is_distributed(model.optimizer)
-    assert model.optimizer.apply._buckets == 3
+    assert model.optimizer.apply.reduction.buckets == 3
     runtime.broadcast(model)
     runtime.broadcast(model)
     assert communicator.calls == ["broadcast", "broadcast"], "as often as it is asked"

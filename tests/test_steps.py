@@ -241,15 +241,6 @@ def test_xla_is_switched_off_and_says_so():
     assert len(said) == 1
 
 
-def test_losses_that_are_sums_are_refused():
-    communicator = FakeCommunicator()
-    model = make(communicator)
-    model.compile(model.optimizer, keras.losses.MeanSquaredError(reduction="sum"))
-    prepare(model, communicator, quiet)
-    with pytest.raises(ValueError, match=r"reduction='sum'.*sum_over_batch_size"):
-        model.fit(dataset(4), verbose=0)
-
-
 def test_saved_files_are_plain(tmp_path):
     communicator = FakeCommunicator()
     model = make(communicator)

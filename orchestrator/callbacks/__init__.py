@@ -1,9 +1,17 @@
 """Keras's callbacks, correct on any number of ranks."""
 
+from orchestrator.callbacks.consistency_guard import ConsistencyGuard
 from orchestrator.callbacks.csv_logger import CSVLogger
 from orchestrator.callbacks.early_stopping import EarlyStopping
 from orchestrator.callbacks.global_metrics import GlobalMetrics
 from orchestrator.callbacks.model_checkpoint import ModelCheckpoint
 from orchestrator.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau
 
-__all__ = ["CSVLogger", "EarlyStopping", "GlobalMetrics", "ModelCheckpoint", "ReduceLROnPlateau"]
+__all__ = [
+    "CSVLogger",
+    "ConsistencyGuard",
+    "EarlyStopping",
+    "GlobalMetrics",
+    "ModelCheckpoint",
+    "ReduceLROnPlateau",
+]

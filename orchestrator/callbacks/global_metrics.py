@@ -34,7 +34,7 @@ class GlobalMetrics(keras.callbacks.Callback):
         """Readies the model's steps for uneven parts."""
         super().set_model(model)
         self._runtime = runtimes.current()
-        self._runtime.prepare(model)
+        self._steps = self._runtime.prepare(model)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Forgets the epoch before."""
@@ -54,6 +54,8 @@ class GlobalMetrics(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Combines both in one collective and rewrites `logs`."""
         self._training = False
+        if self._steps is not None:
+            self._steps.statistics.merge()
         if self._runtime.size == 1 or logs is None:
             return
         train = self._train or metrics.snapshot(self.model)

@@ -60,6 +60,8 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
             return
         if not self.save_best_only:
             self._say(f"\nEpoch {epoch + 1}: saving model to {filepath}")
+        if self._steps is not None:
+            self._steps.statistics.merge()
         self._runtime.on_root(lambda: storage.replace(filepath, self._write))
         self._say(f"\nEpoch {epoch + 1}: finished saving model to {filepath}")
         value = _scalar(logs.get(self.monitor))

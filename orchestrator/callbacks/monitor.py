@@ -28,7 +28,7 @@ class Monitor(keras.callbacks.Callback):
         """Sees to it that logs are global before any callback reads them."""
         super().set_model(model)
         self._runtime = runtimes.current()
-        self._runtime.prepare(model)
+        self._steps = self._runtime.prepare(model)
         insert_first(model)
 
     def _improvement(self) -> Improvement:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 Op = Literal["sum", "min", "max"]
+Wire = Literal["fp16", "bf16"]
+WIRES = ("fp16", "bf16")
 
 
 class Communicator(Protocol):
@@ -65,13 +67,26 @@ class Communicator(Protocol):
         """Ends this process at once with `code`, and through its launcher the whole job."""
         ...
 
-    def sum_gradients(self, buckets: Sequence[Sequence[tf.Tensor]]) -> list[list[tf.Tensor]]:
+    def sum_gradients(
+        self, buckets: Sequence[Sequence[tf.Tensor]], name: str, wire: Wire | None = None
+    ) -> list[list[tf.Tensor]]:
         """Sums dense tensors over all ranks; called while a step is traced, or eagerly.
 
         Args:
-            buckets: Groups of tensors, each reduced by one grouped collective, in this order.
+            buckets: Groups of float32 or float64 tensors, each reduced by one grouped collective,
+                in this order.
+            name: Of its own for each place in a step where ranks meet.
+            wire: Half precision to send them in; by default they travel as they are.
 
         Returns:
-            The sums in the same arrangement, with the same shapes and dtypes.
+            The sums in the same arrangement, with the same shapes and dtypes, the same bytes on
+            every rank.
+        """
+        ...
+
+    def concat_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """Every rank's tensor laid end to end along the first axis, in rank order.
+
+        Called while a step is traced, or eagerly; the first axis may differ between ranks.
         """
         ...

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.communicators.base import Op
+from orchestrator.communicators.base import Op, Wire
 
 
 class HorovodCommunicator:
@@ -77,22 +77,60 @@ class HorovodCommunicator:
         sys.stderr.flush()
         os._exit(code)
 
-    def sum_gradients(self, buckets: Sequence[Sequence[tf.Tensor]]) -> list[list[tf.Tensor]]:
+    def sum_gradients(
+        self, buckets: Sequence[Sequence[tf.Tensor]], name: str, wire: Wire | None = None
+    ) -> list[list[tf.Tensor]]:
         """One grouped allreduce a bucket and dtype (Horovod groups have one dtype).
 
-        Their names do not depend on the graph around them.
+        Their names do not depend on the graph around them. bf16, which Horovod cannot add, takes
+        an alltoall and an allgather a bucket instead, and is summed in float32 between them.
         """
-        return [self._sum_bucket(index, list(bucket)) for index, bucket in enumerate(buckets)]
+        names = [f"orchestrator.{name}.{index}" for index in range(len(buckets))]
+        reduce = self._sum_in_bfloat16 if wire == "bf16" else self._sum_bucket
+        return [
+            reduce(named, list(bucket), wire) for named, bucket in zip(names, buckets, strict=True)
+        ]
 
-    def _sum_bucket(self, index: int, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    def _sum_bucket(
+        self, name: str, tensors: list[tf.Tensor], wire: Wire | None
+    ) -> list[tf.Tensor]:
+        sent = [tf.cast(t, tf.float16) if wire else t for t in tensors]
         sums: dict[int, tf.Tensor] = {}
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        for dtype in dict.fromkeys(tensor.dtype for tensor in sent):
+            places = [i for i, tensor in enumerate(sent) if tensor.dtype == dtype]
             group = self._hvd.grouped_allreduce(
-                [tensors[i] for i in places],
+                [sent[i] for i in places],
                 op=self._hvd.Sum,
-                name=f"orchestrator.gradients.{index}.{dtype.name}",
+                name=f"{name}.{dtype.name}",
                 ignore_name_scope=True,
             )
             sums.update(zip(places, group, strict=True))
-        return [sums[i] for i in range(len(tensors))]
+        return [tf.cast(sums[i], t.dtype) for i, t in enumerate(tensors)]
+
+    def _sum_in_bfloat16(
+        self, name: str, tensors: list[tf.Tensor], wire: Wire | None
+    ) -> list[tf.Tensor]:
+        flat = tf.concat([tf.reshape(tf.cast(t, tf.bfloat16), [-1]) for t in tensors], 0)
+        length = tf.size(flat)
+        share = -(-length // self.size)
+        padded = tf.pad(flat, [[0, share * self.size - length]])
+        # As float16 they only travel; nothing is calculated with them.
+        own, _ = self._hvd.alltoall(
+            tf.bitcast(padded, tf.float16),
+            splits=tf.fill([self.size], share),
+            name=f"{name}.alltoall",
+            ignore_name_scope=True,
+        )
+        parts = tf.cast(tf.bitcast(tf.reshape(own, [self.size, share]), tf.bfloat16), tf.float32)
+        mine = tf.cast(tf.reduce_sum(parts, 0), tf.bfloat16)
+        whole = self.concat_rows(tf.bitcast(mine, tf.float16), f"{name}.allgather")
+        summed = tf.cast(tf.bitcast(whole, tf.bfloat16)[:length], tf.float32)
+        pieces = tf.split(summed, [tf.size(t) for t in tensors], num=len(tensors))
+        return [
+            tf.cast(tf.reshape(piece, tf.shape(t)), t.dtype)
+            for piece, t in zip(pieces, tensors, strict=True)
+        ]
+
+    def concat_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """One Horovod allgather."""
+        return self._hvd.allgather(tensor, name=f"orchestrator.{name}", ignore_name_scope=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from orchestrator.communicators.base import Op
+from orchestrator.communicators.base import Op, Wire
 
 
 class MPICommunicator:
@@ -35,6 +35,7 @@ class MPICommunicator:
         # Gradients travel on their own communicator: they are sent from TensorFlow's threads.
         self._gradients = MPI.COMM_WORLD.Dup()
         self._ops = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
+        self._half_sums: dict[np.dtype, Any] = {}
         host = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.rank: int = self._world.rank
         self.size: int = self._world.size
@@ -76,22 +77,50 @@ class MPICommunicator:
 
     def _sum(self, flat: np.ndarray) -> np.ndarray:
         result = np.empty_like(flat)
-        self._gradients.Allreduce(flat, result, self._mpi.SUM)
+        if flat.dtype.itemsize == 2:
+            mine, whole = flat.view(np.uint16), result.view(np.uint16)
+            self._gradients.Allreduce(mine, whole, self._half_sum(flat.dtype))
+        else:
+            self._gradients.Allreduce(flat, result, self._mpi.SUM)
         return result
 
-    def sum_gradients(self, buckets: Sequence[Sequence[tf.Tensor]]) -> list[list[tf.Tensor]]:
-        """One MPI_Allreduce a bucket, of the tensors laid end to end.
+    def _half_sum(self, dtype: np.dtype) -> Any:
+        """MPI's sum for a half precision, which it does not know as a type."""
+        if dtype not in self._half_sums:
 
-        Half precision is summed as float32: MPI has no such type.
-        """
-        return [self._sum_bucket(list(bucket)) for bucket in buckets]
+            def add(mine: Any, result: Any, _: Any) -> None:
+                total = np.frombuffer(result, dtype)
+                total += np.frombuffer(mine, dtype)
 
-    def _sum_bucket(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-        wire = tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
-        flat = tf.concat([tf.reshape(tf.cast(t, wire), [-1]) for t in tensors], 0)
-        summed = tf.ensure_shape(tf.numpy_function(self._sum, [flat], wire), flat.shape)
+            self._half_sums[dtype] = self._mpi.Op.Create(add, commute=True)
+        return self._half_sums[dtype]
+
+    def sum_gradients(
+        self, buckets: Sequence[Sequence[tf.Tensor]], name: str, wire: Wire | None = None
+    ) -> list[list[tf.Tensor]]:
+        """One MPI_Allreduce a bucket, of the tensors laid end to end."""
+        return [self._sum_bucket(list(bucket), wire) for bucket in buckets]
+
+    def _sum_bucket(self, tensors: list[tf.Tensor], wire: Wire | None) -> list[tf.Tensor]:
+        kind = tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
+        kind = {"fp16": tf.float16, "bf16": tf.bfloat16}[wire] if wire else kind
+        flat = tf.concat([tf.reshape(tf.cast(t, kind), [-1]) for t in tensors], 0)
+        summed = tf.ensure_shape(tf.numpy_function(self._sum, [flat], kind), flat.shape)
         parts = tf.split(summed, [tf.size(t) for t in tensors], num=len(tensors))
         return [
             tf.cast(tf.reshape(part, tf.shape(t)), t.dtype)
             for part, t in zip(parts, tensors, strict=True)
         ]
+
+    def concat_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """One MPI_Allgather of the lengths, one MPI_Allgatherv of the bytes."""
+
+        def gather(rows: np.ndarray) -> np.ndarray:
+            mine = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+            sizes = self._gradients.allgather(mine.size)
+            whole = np.empty(sum(sizes), np.uint8)
+            self._gradients.Allgatherv(mine, (whole, sizes))
+            return whole.view(rows.dtype).reshape(-1, *rows.shape[1:])
+
+        rows = tf.numpy_function(gather, [tensor], tensor.dtype)
+        return tf.ensure_shape(rows, [None, *tensor.shape[1:]])

@@ -42,7 +42,7 @@ def test_attributes_are_keras(name):
 
 
 def test_all_is_the_public_list():
-    assert sorted(callbacks.__all__) == sorted([*OURS, "GlobalMetrics"])
+    assert sorted(callbacks.__all__) == sorted([*OURS, "ConsistencyGuard", "GlobalMetrics"])
 
 
 @pytest.mark.parametrize(

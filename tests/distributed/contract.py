@@ -242,7 +242,7 @@ def _sum_in_graph(communicator: Communicator, buckets: int) -> None:
     @tf.function
     def step(rank: Any) -> Any:
         del rank
-        return communicator.sum_gradients(_buckets(buckets, communicator.rank))
+        return communicator.sum_gradients(_buckets(buckets, communicator.rank), "contract")
 
     for turn in range(3):
         _check_sums(communicator, buckets, step(tf.constant(turn)))
@@ -261,7 +261,7 @@ def gradients_sum_in_a_graph_in_three_buckets(communicator: Communicator) -> Non
 @check
 def gradients_sum_eagerly(communicator: Communicator) -> None:
     for buckets in (1, 3):
-        sums = communicator.sum_gradients(_buckets(buckets, communicator.rank))
+        sums = communicator.sum_gradients(_buckets(buckets, communicator.rank), "contract")
         _check_sums(communicator, buckets, sums)
 
 
@@ -273,7 +273,7 @@ def gradients_keep_their_static_shapes(communicator: Communicator) -> None:
 
     @tf.function
     def step() -> Any:
-        (sums,) = communicator.sum_gradients(_buckets(1, communicator.rank))
+        (sums,) = communicator.sum_gradients(_buckets(1, communicator.rank), "shapes")
         shapes.append([s.shape.as_list() for s in sums])
         return sums
 
@@ -287,9 +287,66 @@ def gradients_are_the_same_bytes_everywhere(communicator: Communicator) -> None:
 
     generator = np.random.default_rng(communicator.rank)
     tensors = [tf.constant(generator.standard_normal(n).astype("float32")) for n in (5, 1001, 64)]
-    step = tf.function(lambda: communicator.sum_gradients([tensors]))
+    step = tf.function(lambda: communicator.sum_gradients([tensors], "bytes"))
     first = [t.numpy() for t in step()[0]]
     for array in first:
         assert _same_everywhere(communicator, array)
     for _ in range(3):
         assert [t.numpy().tobytes() for t in step()[0]] == [a.tobytes() for a in first]
+
+
+def _half(communicator: Communicator, wire: Any, precision: float) -> None:
+    import tensorflow as tf
+
+    size, shapes = communicator.size, ((5,), (1001,), (), (3, 4))
+    everyone = [np.random.default_rng(rank) for rank in range(size)]
+    arrays = [[g.standard_normal(shape).astype("float32") for shape in shapes] for g in everyone]
+    mine = [tf.constant(array) for array in arrays[communicator.rank]]
+    step = tf.function(lambda: communicator.sum_gradients([mine[:2], mine[2:]], "half", wire))
+    sums = [t.numpy() for bucket in step() for t in bucket]
+    for index, result in enumerate(sums):
+        parts = [rank[index] for rank in arrays]
+        assert result.dtype == np.float32
+        assert result.shape == shapes[index]
+        error = np.abs(result - sum(parts))
+        assert (error <= precision * size * sum(np.abs(part) for part in parts)).all()
+        assert _same_everywhere(communicator, result)
+    if size > 1:
+        assert np.abs(sums[1] - sum(rank[1] for rank in arrays)).max() > 1e-5, "not sent in half"
+
+
+@check
+def gradients_travel_as_fp16(communicator: Communicator) -> None:
+    _half(communicator, "fp16", 2.0**-11)
+
+
+@check
+def gradients_travel_as_bf16(communicator: Communicator) -> None:
+    _half(communicator, "bf16", 2.0**-8)
+
+
+@check
+def rows_are_laid_end_to_end(communicator: Communicator) -> None:
+    import tensorflow as tf
+
+    def rows(rank: int, dtype: Any) -> np.ndarray:
+        return np.full((rank * 2, 3), rank, dtype)  # none on rank 0
+
+    step = tf.function(
+        lambda a, b: (communicator.concat_rows(a, "a"), communicator.concat_rows(b, "b"))
+    )
+    for _ in range(2):
+        results = step(*(tf.constant(rows(communicator.rank, t)) for t in ("float32", "int32")))
+        for result, dtype in zip(results, ("float32", "int32"), strict=True):
+            expected = [rows(rank, dtype) for rank in range(communicator.size)]
+            np.testing.assert_array_equal(result.numpy(), np.concatenate(expected))
+            assert result.dtype == dtype
+
+
+@check
+def lengths_are_laid_end_to_end(communicator: Communicator) -> None:
+    import tensorflow as tf
+
+    mine = tf.range(communicator.rank + 1, dtype=tf.int64)
+    result = communicator.concat_rows(mine, "lengths").numpy()
+    assert result.tolist() == [n for rank in range(communicator.size) for n in range(rank + 1)]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 
 import orchestrator
 from orchestrator import callbacks
 from tests.distributed import problems
 
-EPOCHS, STEPS, BUCKETS = 3, 5, 2
+EPOCHS, STEPS, BUCKETS, ACCUMULATE = 3, 5, 2, 4
 
 
 def main() -> None:
     runtime = orchestrator.init(seed=1, gradient_buckets=BUCKETS)
+    train(runtime, keras.optimizers.Adam())
+    train(runtime, keras.optimizers.SGD(gradient_accumulation_steps=ACCUMULATE))
+
+
+def train(runtime: Any, optimizer: keras.optimizers.Optimizer) -> None:
     model = problems.mlp(32, 32, 32)
-    optimizer = runtime.distribute(keras.optimizers.Adam())
+    runtime.distribute(optimizer)
     metrics = ["accuracy", keras.metrics.AUC(), keras.metrics.F1Score(), keras.metrics.R2Score()]
     model.compile(optimizer, "categorical_crossentropy", metrics=metrics)
     runtime.broadcast(model)

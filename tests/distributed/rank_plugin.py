@@ -23,6 +23,7 @@ os.dup2(_file, 2)
 
 SIZE = int(os.environ["ORCHESTRATOR_TEST_SIZE"])
 several = pytest.mark.several  # needs more ranks than one: not collected on one
+three = pytest.mark.three  # costly, and says most where every part is uneven: on three ranks only
 runtime: Any = None
 figures: dict[str, float] = {}
 _session: Any = None
@@ -42,11 +43,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "several: needs more ranks than one")
+    config.addinivalue_line("markers", "three: on three ranks only")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if SIZE == 1:
-        items[:] = [item for item in items if item.get_closest_marker("several") is None]
+    left_out = {"several"} if SIZE == 1 else set()
+    left_out |= {"three"} if SIZE != 3 else set()
+    items[:] = [i for i in items if not any(i.get_closest_marker(name) for name in left_out)]
 
 
 @pytest.hookimpl(trylast=True)
@@ -58,6 +61,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _durations[report.nodeid] = _durations.get(report.nodeid, 0.0) + report.duration
+    if report.failed:
+        # At once: the end of the session may never come, if the others wait for this rank.
+        print(f"\n{report.longreprtext}\n{report.capstderr}", flush=True)
     worse = report.outcome != "passed" and _outcomes.get(report.nodeid) != "failed"
     if worse or report.nodeid not in _outcomes:
         _outcomes[report.nodeid] = report.outcome

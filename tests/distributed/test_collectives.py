@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import launcher
-from tests.distributed.counted import BUCKETS, EPOCHS, STEPS
+from tests.distributed.counted import ACCUMULATE, BUCKETS, EPOCHS, STEPS
 
 pytestmark = pytest.mark.distributed
 
@@ -30,14 +30,22 @@ def test_one_allreduce_an_evaluation_and_one_group_a_bucket_and_step(tmp_path):
     finished = launcher.launch("horovod", 2, command, tmp_path, env=env)
     assert finished.returncode == 0, finished.output
     counts = executed(timeline)
-    gradients = {name: n for name, n in counts.items() if "gradients" in name}
+    plain, accumulating = (
+        {name: n for name, n in counts.items() if f"optimizer.{number}." in name}
+        for number in (0, 1)
+    )
     # Each tensor of a group has its line: kernels and biases of four layers, a count a bucket.
-    assert len(gradients) == 2 * 4 + BUCKETS
-    assert set(gradients.values()) == {EPOCHS * STEPS}
+    assert len(plain) == 2 * 4 + BUCKETS
+    assert set(plain.values()) == {EPOCHS * STEPS}
+    # Accumulated gradients travel when they are applied; the count, one number, each step.
+    (count,) = (name for name in accumulating if ".count." in name)
+    assert accumulating.pop(count) == EPOCHS * STEPS
+    assert len(accumulating) == 2 * 4
+    assert set(accumulating.values()) == {EPOCHS * STEPS // ACCUMULATE}
     # Five metrics and the loss, training and validation: one allreduce an epoch.
-    assert counts["HorovodAllreduce"] == EPOCHS
-    # Once a run, whatever its length: the seed (two) and the weights; two for each object that
-    # is compared (both calls of `shard`, the first step's weights).
-    assert counts["HorovodBroadcast"] == 3
-    assert counts["HorovodAllgather"] == 6
-    assert len(counts) == len(gradients) + 3
+    assert counts["HorovodAllreduce"] == 2 * EPOCHS
+    # Once a run, whatever its length: the seed (two), and for each model its weights; two for
+    # each object that is compared (both calls of `shard`, the first step's weights).
+    assert counts["HorovodBroadcast"] == 2 + 2
+    assert counts["HorovodAllgather"] == 2 * 6
+    assert len(counts) == len(plain) + len(accumulating) + 1 + 3

@@ -88,24 +88,45 @@ class ThreadCommunicator:
     def abort(self, code: int) -> None:
         raise Aborted(f"abort({code}) on rank {self.rank}")
 
-    def sum_gradients(self, buckets: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        return [self._sum_bucket(index, list(bucket)) for index, bucket in enumerate(buckets)]
+    def sum_gradients(
+        self, buckets: Sequence[Sequence[Any]], name: str, wire: str | None = None
+    ) -> list[list[Any]]:
+        return [
+            self._sum_bucket(f"{name}.{index}", list(bucket), wire)
+            for index, bucket in enumerate(buckets)
+        ]
 
-    def _sum_bucket(self, index: int, tensors: list[Any]) -> list[Any]:
+    def _sum_bucket(self, name: str, tensors: list[Any], wire: str | None) -> list[Any]:
         import tensorflow as tf
 
         def add(*arrays: np.ndarray) -> list[np.ndarray]:
-            call = ("sum_gradients", index, *((a.shape, str(a.dtype)) for a in arrays))
+            call = ("sum_gradients", name, *((a.shape, str(a.dtype)) for a in arrays))
             ranks = self._exchange([np.array(a) for a in arrays], *call)
             return [
                 np.asarray(functools.reduce(operator.add, same))
                 for same in zip(*ranks, strict=True)
             ]
 
-        sums = tf.numpy_function(add, tensors, [t.dtype for t in tensors])
+        half = {"fp16": tf.float16, "bf16": tf.bfloat16}
+        sent = [tf.cast(t, half[wire]) for t in tensors] if wire else tensors
+        sums = tf.numpy_function(add, sent, [t.dtype for t in sent])
         if not isinstance(sums, (list, tuple)):
             sums = [sums]  # so it is where one tensor is reduced eagerly
-        return [tf.ensure_shape(s, t.shape) for s, t in zip(sums, tensors, strict=True)]
+        return [
+            tf.cast(tf.ensure_shape(s, t.shape), t.dtype)
+            for s, t in zip(sums, tensors, strict=True)
+        ]
+
+    def concat_rows(self, tensor: Any, name: str) -> Any:
+        import tensorflow as tf
+
+        def gather(rows: np.ndarray) -> np.ndarray:
+            call = ("concat_rows", name, rows.shape[1:], str(rows.dtype))
+            return np.concatenate(self._exchange(np.array(rows), *call))
+
+        return tf.ensure_shape(
+            tf.numpy_function(gather, [tensor], tensor.dtype), [None, *tensor.shape[1:]]
+        )
 
 
 def run(size: int, function: Callable[[ThreadCommunicator], T], deadline: float = 60) -> list[T]:

@@ -1,0 +1,104 @@
+"""MirroredStrategy beside one process: the differences in weights and metrics, written as JSON.
+
+python -m tests.distributed.mirrored FILE REPLICAS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import orchestrator
+from orchestrator.config import SettingError
+from orchestrator.runtime import Runtime
+from tests.distributed import problems
+
+
+def classifier(runtime: Runtime, optimizer: Any, **options: Any) -> keras.Model:
+    with runtime.scope():
+        model = problems.mlp(16, seed=3)
+        model.compile(runtime.distribute(optimizer()), "sparse_categorical_crossentropy", **options)
+    return model
+
+
+def tagger(runtime: Runtime, loss: Any) -> keras.Model:
+    start = keras.initializers.RandomUniform(seed=3)
+    with runtime.scope():
+        inputs = keras.Input((6,), dtype="int32")
+        x = keras.layers.Embedding(20, 4, start, mask_zero=True)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1, kernel_initializer=start)(x))
+        model.compile(runtime.distribute(keras.optimizers.SGD(0.01)), loss)
+    return model
+
+
+def tokens(count: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(1)
+    x = generator.integers(1, 20, (count, 6))
+    x[np.arange(6) >= generator.integers(1, 7, (count, 1))] = 0
+    return x, generator.standard_normal((count, 6, 1)).astype("float32")
+
+
+def weighted(count: int) -> tuple[np.ndarray, ...]:
+    return (*problems.digits(count), np.linspace(0, 2, count, dtype="float32"))
+
+
+SGD = lambda: keras.optimizers.SGD(0.1, momentum=0.9)  # noqa: E731
+ADAM = lambda: keras.optimizers.Adam(1e-2, global_clipnorm=0.5)  # noqa: E731
+ACCUMULATING = lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)  # noqa: E731
+# name: (model for a runtime, data); batches of 16: partial, of one sample, all smaller than that
+CASES: dict[str, Any] = {
+    "partial last batch": (lambda r: classifier(r, SGD), problems.digits(45)),
+    "last batch of one sample": (lambda r: classifier(r, ADAM), problems.digits(33)),
+    "one batch, of three samples": (lambda r: classifier(r, SGD), problems.digits(3)),
+    "sample weights": (lambda r: classifier(r, SGD), weighted(45)),
+    "mask": (lambda r: tagger(r, "mse"), tokens(45)),
+    "a sum": (
+        lambda r: tagger(r, keras.losses.MeanAbsoluteError(reduction="sum")),
+        tokens(33),
+    ),
+}
+
+
+def trained(runtime: Runtime, build: Any, data: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
+    keras.utils.set_random_seed(7)
+    model = build(runtime)
+    runtime.broadcast(model)
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(16)
+    history = model.fit(runtime.shard(dataset), epochs=2, verbose=0).history
+    losses = {"loss": history["loss"]}
+    return [np.asarray(w, "float64") for w in model.get_weights()], losses
+
+
+def refused(runtime: Runtime) -> str:
+    try:
+        trained(runtime, lambda r: classifier(r, ACCUMULATING), problems.digits(45))
+    except SettingError as error:
+        return str(error)
+    return "accepted"
+
+
+def main(path: str, replicas: str, *names: str) -> None:
+    runtime = orchestrator.init("mirrored", seed=7, replicas=int(replicas))
+    assert runtime.replicas == int(replicas)
+    found = {}
+    for name in names or CASES:
+        build, data = CASES[name]
+        (ours, our_losses), (theirs, losses) = (
+            trained(r, build, data) for r in (runtime, problems.alone())
+        )
+        found[name] = {
+            "weights": problems.worst(ours, theirs),
+            "loss": float(np.abs(np.divide(our_losses["loss"], losses["loss"]) - 1).max()),
+        }
+    found["accumulation"] = refused(runtime)
+    Path(path).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
