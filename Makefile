@@ -32,7 +32,7 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 LOGS := .venv/logs
 LOCK := $(if $(filter gpu,$(KIND)),requirements-gpu.lock,requirements.lock)
-EXTRAS := --extra mpi --extra dev --extra build --extra horovod-runtime
+EXTRAS := --extra mpi --extra dev --extra build --extra horovod-runtime --extra s3 --extra gcs
 UV_COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 

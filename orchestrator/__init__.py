@@ -12,16 +12,30 @@ if TYPE_CHECKING:
     from orchestrator import callbacks
     from orchestrator.config import SettingError, Settings
     from orchestrator.runtime import Runtime, evaluate, init
+    from orchestrator.sources.npz import NpzFiles
+    from orchestrator.sources.tfrecord import TFRecordFiles
     from orchestrator.training import train
 
 __version__ = "0.1.0"
 
-__all__ = ["Runtime", "SettingError", "Settings", "callbacks", "evaluate", "init", "train"]
+__all__ = [
+    "NpzFiles",
+    "Runtime",
+    "SettingError",
+    "Settings",
+    "TFRecordFiles",
+    "callbacks",
+    "evaluate",
+    "init",
+    "train",
+]
 
 _HOMES = {
+    "NpzFiles": "sources.npz",
     "Runtime": "runtime",
     "SettingError": "config",
     "Settings": "config",
+    "TFRecordFiles": "sources.tfrecord",
     "evaluate": "runtime",
     "init": "runtime",
     "train": "training",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from orchestrator import gradients
@@ -13,7 +14,7 @@ from orchestrator.config import SettingError
 from orchestrator.gradients import Behind
 
 _SUMS = ("sum", "none", None)
-
+_ATTRIBUTE = "_orchestrator_batch_losses"
 
 Then = Callable[[tf.Tensor, Behind], tf.Tensor]
 
@@ -34,7 +35,6 @@ def count_by_divisor(model: keras.Model, then: Then | None = None) -> None:
     def compute_loss(
         x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **options: Any
     ) -> Any:
-        _weigh_outputs(model)
         loss = own(x, y, y_pred, sample_weight, **options)
         count = gradients.sample_count()
         if count is None:
@@ -93,20 +93,53 @@ def _entries(mask: Any, sample_weight: Any) -> tf.Tensor:
     return tf.cast(mask, tf.float32) * weight
 
 
-def _weigh_outputs(model: keras.Model) -> None:
-    """Has Keras's trackers of several outputs' losses count by samples.
+class BatchLosses:
+    """The losses of single batches, where they are not means over samples.
 
-    Where the batch size is not known while tracing, as of every part of a global batch, Keras
-    counts batches, and a part of 21 samples would weigh as much as one of 22.
+    Keras reports their mean over batches, weighted by samples. Of such a loss a rank knows only
+    its own part until the ranks meet, so that each batch's parts have to be kept till then.
     """
-    for metric in getattr(getattr(model, "_compile_loss", None), "metrics", ()):
-        if "update_state" not in vars(metric):
-            metric.update_state = _by_samples(metric.update_state)
+
+    def __init__(self, model: keras.Model, size: int) -> None:
+        self._size = size
+        self._rows: list[np.ndarray] = []
+        # Past Keras's tracking, so that what is saved or cloned does not know of it.
+        object.__setattr__(model, _ATTRIBUTE, self)
+        self._reset = model.reset_metrics
+        model.reset_metrics = self._forget
+
+    def keep(self, loss: tf.Tensor, said: Behind) -> tf.Tensor:
+        """Adds to the step being traced that this rank's part of its loss is kept."""
+        samples = gradients.sample_count()
+        if said.summed:
+            # Of the divisor, 1, each rank has its share, also without samples.
+            present = tf.cast(tf.cast(samples, tf.int32) > 0, loss.dtype)
+            parts = (tf.math.multiply_no_nan(loss, present), 1 / self._size, samples)
+        elif said.count is samples:
+            return loss
+        else:
+            count = tf.cast(said.count, loss.dtype)
+            parts = (tf.math.multiply_no_nan(loss, count), count, samples)
+        row = tf.stack([tf.cast(part, tf.float64) for part in parts])
+        tf.numpy_function(self._rows.append, [row], [])
+        return loss
+
+    def _forget(self) -> None:
+        self._rows.clear()
+        self._reset()
+
+    def rows(self) -> np.ndarray:
+        """Since metrics were reset, a row a batch: its loss's numerator, divisor, and samples."""
+        return np.array(self._rows, np.float64).reshape(-1, 3)
 
 
-def _by_samples(update_state: Any) -> Any:
-    def update(values: Any, sample_weight: Any = None) -> Any:
-        weight = gradients.sample_count() if sample_weight is None else sample_weight
-        return update_state(values, sample_weight=weight)
+def batch_losses(model: keras.Model) -> np.ndarray:
+    """This rank's parts of the batches' losses, (batches, 3) float64; none where not kept."""
+    kept = getattr(model, _ATTRIBUTE, None)
+    return np.zeros((0, 3)) if kept is None else kept.rows()
 
-    return update
+
+def mean_of(rows: np.ndarray) -> float:
+    """The loss Keras reports, from the sum of all ranks' rows."""
+    losses = np.divide(rows[:, 0], rows[:, 1], out=np.zeros(len(rows)), where=rows[:, 1] != 0)
+    return float(np.average(losses, weights=rows[:, 2]))

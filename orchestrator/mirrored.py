@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from orchestrator import empty_parts, gradients, losses
+from orchestrator import additive, empty_parts, gradients, losses
 from orchestrator.config import SettingError
 
 _ATTRIBUTE = "_orchestrator_mirrored"
@@ -42,7 +42,7 @@ def _on_a_replica(model: keras.Model, step: empty_parts.Step) -> empty_parts.Ste
         count, _ = empty_parts.batch_size(data)
         with gradients.samples(count):
             # Each replica has metric state of its own; other variables may not be set here.
-            return empty_parts.run(step, data, model.metrics_variables)
+            return empty_parts.run(step, data, additive.state_variables(model))
 
     return wrapped
 

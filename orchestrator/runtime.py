@@ -123,14 +123,27 @@ class Runtime:
     samples = staticmethod(gradients.samples)
 
     def shard(
-        self, dataset: Any, *, batch_size: int | None = None, shuffle: bool = False
-    ) -> tf.data.Dataset:
+        self,
+        dataset: Any,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        validation_split: float | None = None,
+        steps: int | None = None,
+    ) -> Any:
         """This rank's part of every global batch; called by all ranks. See `data.shard`.
 
         Under MirroredStrategy Keras hands the parts to the replicas, and all of it is returned.
         """
         return data.shard(
-            dataset, self.communicator, batch_size=batch_size, shuffle=shuffle, seed=self.seed
+            dataset,
+            self.communicator,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            validation_split=validation_split,
+            steps=steps,
+            say=self.say_once,
         )
 
     def on_root(self, function: Callable[[], None]) -> None:

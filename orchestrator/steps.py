@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from orchestrator import empty_parts, gradients, losses, statistics, weights
+from orchestrator import additive, empty_parts, gradients, losses, statistics, watch, weights
 from orchestrator import optimizer as optimizers
 from orchestrator.communicators.base import Communicator
 
@@ -37,7 +37,7 @@ class Steps:
         self.statistics = statistics.MovingStatistics(model, communicator)
         self._make_train_function = model.make_train_function
         self._make_test_function = model.make_test_function
-        losses.count_by_divisor(model)
+        losses.count_by_divisor(model, losses.BatchLosses(model, communicator.size).keep)
         model.train_step = self._on_own_samples(model.train_step, training=True)
         model.test_step = self._on_own_samples(model.test_step, training=False)
         model.make_train_function = self._train_function
@@ -59,12 +59,12 @@ class Steps:
         @tf.autograph.experimental.do_not_convert
         def wrapped(data: Any) -> Any:
             count, _ = empty_parts.batch_size(data)
-            state = list(model.metrics_variables)
+            state = additive.state_variables(model)
             if training:
                 statistics.synchronize(model, self._communicator)
                 state += _of_this_rank(model)
                 self.statistics.saw(count)
-            with gradients.samples(count):
+            with gradients.samples(count), watch.step(model, count):
                 return empty_parts.run(step, data, state)
 
         return wrapped

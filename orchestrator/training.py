@@ -6,11 +6,12 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from orchestrator import callbacks as ours
 from orchestrator import runtime as runtimes
@@ -167,9 +168,21 @@ def _load(settings: Settings, runtime: Runtime, load_data: Callable[..., Any]) -
 def _shards(settings: Settings, runtime: Runtime, training: Any, validation: Any):
     """This rank's parts of both; called by all ranks."""
     try:
-        return runtime.shard(training), None if validation is None else runtime.shard(validation)
+        return (
+            runtime.shard(training, **_order(settings, training, shuffle=True)),
+            None
+            if validation is None
+            else runtime.shard(validation, **_order(settings, validation)),
+        )
     except ValueError as error:
         raise SettingError(f"data.factory={settings.data.factory}: {error}") from None
+
+
+def _order(settings: Settings, loaded: Any, shuffle: bool = False) -> dict[str, Any]:
+    """How `shard` is to batch what is not batched yet; training data is shuffled, as by `fit`."""
+    if isinstance(loaded, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
+        return {}
+    return {"batch_size": settings.train.global_batch_size, "shuffle": shuffle}
 
 
 def _call(section: str, user: UserFunction, function: Callable[..., Any], **given: Any) -> Any:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.communicators.single import SingleCommunicator
-from orchestrator.data import part, shard
+from orchestrator.data import shard
+from orchestrator.sources.base import part
 from tests.fakes import FakeCommunicator
 
 
@@ -194,9 +195,34 @@ def test_different_data_across_ranks(mine, theirs, options):
 
 def test_an_error_of_another_rank_is_raised_here():
     def gather(obj):
-        return [obj, ("", "something is wrong there")]
+        return [obj, ("", (True, "something is wrong there"), None)]
 
     with pytest.raises(ValueError, match="something is wrong there"):
+        shard(np.zeros(4), FakeCommunicator(gather=gather), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tf.data.Dataset.range(4).batch(2),
+        iter([np.arange(2)] * 4),
+        (np.zeros(4), np.zeros(4)),
+    ],
+)
+def test_what_every_rank_reads_whole_is_said(data):
+    told = []
+    for size in (1, 2):
+        batch_size = 2 if isinstance(data, tuple) else None
+        shard(data, FakeCommunicator(0, size), say=told.append, batch_size=batch_size)
+    assert len(told) == (0 if isinstance(data, tuple) else 1)
+    assert all("Every rank" in message and "TFRecordFiles" in message for message in told)
+
+
+def test_another_error_of_another_rank_names_it():
+    def gather(obj):
+        return [obj, ("", (False, "no such file"), None)]
+
+    with pytest.raises(RuntimeError, match="Rank 1 could not open its data: no such file"):
         shard(np.zeros(4), FakeCommunicator(gather=gather), batch_size=2)
 
 
@@ -205,3 +231,71 @@ def test_one_small_collective_in_all():
     dataset = shard(np.arange(8), communicator, batch_size=4)
     assert len(list(dataset)) == 2
     assert communicator.calls == ["allgather_object"]
+
+
+def early(count: int) -> Any:
+    """A dataset that doesn't know its length."""
+    return tf.data.Dataset.range(count).filter(lambda i: i >= 0).batch(2)
+
+
+def test_steps_plan_a_pass_of_unknown_length():
+    dataset = shard(early(8), FakeCommunicator(0, 2), steps=3)
+    assert int(dataset.cardinality()) == 3
+    for _ in range(2):
+        assert [b.tolist() for b in dataset.as_numpy_iterator()] == [[0], [2], [4]]
+    assert int(shard(early(8), FakeCommunicator(0, 2)).cardinality()) == -2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_data_that_ends_early_raises_and_says_where(size):
+    rank = size - 1
+    dataset = shard(early(7), FakeCommunicator(rank, size), steps=6)
+    seen = []
+
+    def read():
+        seen.extend(dataset.as_numpy_iterator())
+
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=f"The data of rank {rank} ended early: 6 global batches were planned .* and 4 came",
+    ):
+        read()
+    assert len(seen) == 4, "what there is comes first"
+
+
+def test_a_dataset_that_promised_more_raises():
+    lying = early(7).apply(tf.data.experimental.assert_cardinality(6))
+    dataset = shard(lying, FakeCommunicator(1, 2))
+    with pytest.raises(tf.errors.OpError, match="6 elements but contained only 4"):
+        list(dataset)
+
+
+def test_planned_batches_keep_their_kinds():
+    """Ragged tensors, dicts and static shapes pass through the check."""
+    ragged = tf.ragged.constant([[1], [2, 3], [], [4]])
+    data: Any = {"r": ragged, "x": np.ones((4, 3), "float32")}
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(4, drop_remainder=True)
+    got = shard(dataset.repeat(), FakeCommunicator(0, 2), steps=1)
+    spec: Any = got.element_spec
+    assert spec["x"].shape.as_list() == [2, 3]
+    (batch,) = got
+    assert batch["r"].to_list() == [[1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (np.zeros(4), {"batch_size": 2, "steps": 3}, "steps=3.* has 2 batches"),
+        (tf.data.Dataset.range(4).batch(2), {"steps": 3}, "steps=3.* has 2 batches"),
+        (tf.data.Dataset.range(4).batch(2), {"steps": 0}, "steps=0"),
+        (tf.data.Dataset.range(4).batch(2), {"validation_split": 0.5}, "arrays and files only"),
+    ],
+)
+def test_steps_and_splits_out_of_place(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        shard(data, FakeCommunicator(), **options)
+
+
+def test_fewer_steps_than_batches():
+    dataset = shard(np.arange(6), FakeCommunicator(0, 2), batch_size=2, steps=2)
+    assert [batch.tolist() for batch in dataset.as_numpy_iterator()] == [[0], [2]]

@@ -41,13 +41,19 @@ def data(global_batch_size, seed, rows=24, batched=True, validate=True):
     return whole, (whole if validate else None)
 
 
+def arrays(global_batch_size, seed):
+    x = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
+    return (x, x.sum(1, keepdims=True)), (x[:5], x[:5].sum(1, keepdims=True))
+
+
 def one(global_batch_size, seed):
     return data(global_batch_size, seed)[0]
 
 
-def model(rate=0.01, path=None, key=None, function=None):
+def model(rate=0.01, path=None, key=None, function=None, seeded=None):
     CALLS.append(("model", rate))
-    net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    start = keras.initializers.GlorotUniform(seed=seeded)
+    net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, kernel_initializer=start)])
     net.compile(keras.optimizers.Adam(rate), "mse", metrics=["mae"])
     return net
 
@@ -184,6 +190,17 @@ def test_the_same_seed_gives_the_same_run(here):
         digests.append(events(here / "run")[-1]["weights"])
         runtime.current().close()
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_arrays_are_batched_and_shuffled(here):
+    ends = []
+    for seed in (5, 5, 6):
+        words = ("data.factory=mine:arrays", "model.options={seeded: 1}", f"run.seed={seed}")
+        assert launch(*words) == 0
+        ends.append(events(here / "run")[-1])
+        runtime.current().close()
+    assert ends[0]["step"] == 2 * 3  # epochs, batches of 8 of 24 samples
+    assert ends[0]["weights"] == ends[1]["weights"] != ends[2]["weights"]
 
 
 def test_options_may_have_any_name(here):

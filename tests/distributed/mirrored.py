@@ -17,6 +17,7 @@ import tensorflow as tf
 import orchestrator
 from orchestrator.config import SettingError
 from orchestrator.runtime import Runtime
+from tests import metric_cases
 from tests.distributed import problems
 
 
@@ -75,6 +76,29 @@ def trained(runtime: Runtime, build: Any, data: Any) -> tuple[list[np.ndarray], 
     return [np.asarray(w, "float64") for w in model.get_weights()], losses
 
 
+def metrics(runtime: Runtime) -> dict[str, float]:
+    """The relative error of every metric of Keras's, each replica with its uneven part."""
+    with runtime.scope():
+        model = metric_cases.AllMetrics()
+    counts = metric_cases.PARTS["uneven"][runtime.replicas]
+
+    def update() -> None:
+        context: Any = tf.distribute.get_replica_context()
+        replica = int(context.replica_id_in_sync_group)
+        begin = sum(counts[:replica])
+        model.update(begin, begin + counts[replica])
+
+    assert runtime.strategy is not None
+    runtime.strategy.run(update)
+    ours = model.get_metrics_result()
+    return {
+        case.name: metric_cases.relative_error(
+            ours[case.name], metric_cases.alone(case, sum(counts))
+        )
+        for case in metric_cases.CASES
+    }
+
+
 def refused(runtime: Runtime) -> str:
     try:
         trained(runtime, lambda r: classifier(r, ACCUMULATING), problems.digits(45))
@@ -96,6 +120,7 @@ def main(path: str, replicas: str, *names: str) -> None:
             "weights": problems.worst(ours, theirs),
             "loss": float(np.abs(np.divide(our_losses["loss"], losses["loss"]) - 1).max()),
         }
+    found["metrics"] = metrics(runtime)
     found["accumulation"] = refused(runtime)
     Path(path).write_text(json.dumps(found))
 

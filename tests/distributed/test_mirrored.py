@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests import metric_cases
 from tests.distributed import launcher
 
 pytestmark = pytest.mark.distributed
@@ -25,6 +26,9 @@ def test_it_equals_one_process(replicas, names, tmp_path, record_property):
     assert finished.returncode == 0, launcher.tails(tmp_path)
     found = json.loads(path.read_text())
     print(f"mirrored x {replicas}: {finished.seconds:.1f} s", found)
+    metrics = found.pop("metrics")
+    assert len(metrics) == len(metric_cases.CASES)
+    assert max(metrics.values()) <= 1e-6, metrics
     accumulation = found.pop("accumulation")
     assert "gradient_accumulation_steps=2" in accumulation, accumulation
     assert len(found) == (len(names) or 6)

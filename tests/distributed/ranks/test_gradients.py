@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import orchestrator
+from orchestrator import callbacks
 from orchestrator.optimizer import is_distributed
 from orchestrator.runtime import Runtime
 from orchestrator.steps import DivergedError
@@ -104,6 +106,32 @@ def test_losses_divided_by_other_numbers(runtime, note, name):
     assert worst <= 1e-6
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_such_losses_are_reported_as_by_one_process(runtime, communicator, note, name):
+    loss, mask, weighted = LOSSES[name]
+    x, y = tokens(49)  # the last batch has one sample
+    importance = np.linspace(0, 2, x.size, dtype="float32").reshape(x.shape)
+    data = (x, y, importance) if weighted else (x, y)
+
+    def reported(runtime):
+        model = tagger(runtime, loss, mask=mask, optimizer=keras.optimizers.SGD(0.0))
+        runtime.broadcast(model)
+        part = runtime.shard(data, batch_size=16)
+        history = model.fit(
+            part, validation_data=part, epochs=2, verbose=0, callbacks=[callbacks.GlobalMetrics()]
+        ).history
+        return [*history["loss"], *history["val_loss"], orchestrator.evaluate(model, part)["loss"]]
+
+    ours = reported(runtime)
+    alone = problems.alone()
+    with alone.use():
+        theirs = reported(alone) if runtime.is_root else 0
+    theirs = communicator.broadcast_object(theirs)
+    worst = float(np.abs(np.divide(ours, theirs) - 1).max())
+    note(f"reported loss, {name}", worst)
+    assert worst <= 1e-6
+
+
 def two_outputs(runtime, second):
     inputs = keras.Input((6,), dtype="int32")
     masked = keras.layers.Embedding(20, 4, mask_zero=True)(inputs)
@@ -145,7 +173,7 @@ def test_embeddings_are_reduced_by_rows(runtime, note, kind, positions, monkeypa
 
     worst = difference(runtime, build, tokens())
     note(f"weights, embedding by {kind}{', and of positions' * positions}", worst)
-    assert worst <= (5e-6 if kind == "Adam" else 1e-6)
+    assert worst <= 1e-6
     if lengths:
         assert any("sparse" in name for name, _ in lengths)
         sums = {size for name, size in lengths if name == "sum"}
