@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from orchestrator import callbacks
     from orchestrator.config import SettingError, Settings
-    from orchestrator.runtime import Runtime, evaluate, init
+    from orchestrator.evaluation import evaluate
+    from orchestrator.runtime import Runtime, init
     from orchestrator.sources.npz import NpzFiles
     from orchestrator.sources.tfrecord import TFRecordFiles
     from orchestrator.training import train
@@ -36,7 +37,7 @@ _HOMES = {
     "SettingError": "config",
     "Settings": "config",
     "TFRecordFiles": "sources.tfrecord",
-    "evaluate": "runtime",
+    "evaluate": "evaluation",
     "init": "runtime",
     "train": "training",
 }

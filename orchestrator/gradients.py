@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from orchestrator.communicators.base import Communicator, Wire
+from orchestrator.flags import Flags
 
 
 class Behind(NamedTuple):
@@ -80,12 +81,14 @@ class Reduction(NamedTuple):
         name: Tells one optimizer's collectives from another's.
         buckets: Grouped collectives a step.
         wire: The type dense gradients travel in, or `None` for their own.
+        flags: What travels beside the count of each step; nothing by default.
     """
 
     communicator: Communicator
     name: str
     buckets: int = 1
     wire: Wire | None = None
+    flags: Flags | None = None
 
     def mean(self, grads: Sequence[Any]) -> list[Any]:
         """The global batch's gradients, in one grouped collective a bucket.
@@ -96,31 +99,42 @@ class Reduction(NamedTuple):
 
         Otherwise the counts are summed first (one small message).
         """
-        if self.wire or any(isinstance(g, tf.IndexedSlices) for g in grads):
-            return self.sum(self.shares(grads))
         said = behind()
-        if said.summed:
+        if said.summed or self.wire or any(isinstance(g, tf.IndexedSlices) for g in grads):
             return self.sum(self.shares(grads))
         count = tf.cast(said.count, tf.float32)
         own = [_widened(g) for g in grads]
         # A rank without samples sends zeros, also where its mean over nothing was NaN.
         weighted = [tf.math.multiply_no_nan(g, tf.cast(count, g.dtype)) for g in own]
-        buckets = [[*bucket, count] for bucket in cut(weighted, self.buckets)]
+        first, *rest = cut(weighted, self.buckets)
+        buckets = [[*first, self._facts(count)], *([*bucket, count[tf.newaxis]] for bucket in rest)]
+        groups = self.communicator.sum_gradients(buckets, self.name)
+        self._show(groups[0][-1])
         result: list[tf.Tensor] = []
-        for *sums, total in self.communicator.sum_gradients(buckets, self.name):
-            result += [tf.math.divide_no_nan(s, tf.cast(total, s.dtype)) for s in sums]
+        for *sums, facts in groups:
+            result += [tf.math.divide_no_nan(s, tf.cast(facts[0], s.dtype)) for s in sums]
         return [tf.cast(s, g.dtype) for s, g in zip(result, grads, strict=True)]
 
     def shares(self, grads: Sequence[Any]) -> list[Any]:
         """What each rank adds to the global batch's gradients; sums the counts (one message)."""
         said = behind()
+        count = tf.cast(said.count, tf.float32)
+        ((facts,),) = self.communicator.sum_gradients([[self._facts(count)]], f"{self.name}.count")
+        self._show(facts)
         if said.summed:
-            share = tf.cast(said.count > 0, tf.float32)
+            share = tf.cast(count > 0, tf.float32)
         else:
-            count = tf.cast(said.count, tf.float32)
-            ((total,),) = self.communicator.sum_gradients([[count]], f"{self.name}.count")
-            share = tf.math.divide_no_nan(count, total)
+            share = tf.math.divide_no_nan(count, facts[0])
         return [_times(g, share) for g in grads]
+
+    def _facts(self, count: tf.Tensor) -> tf.Tensor:
+        """The count and the flags, as one small tensor."""
+        count = count[tf.newaxis]
+        return count if self.flags is None else tf.concat([count, self.flags.own()], 0)
+
+    def _show(self, facts: tf.Tensor) -> None:
+        if self.flags is not None:
+            self.flags.show(facts[1:])
 
     def sum(self, grads: Sequence[Any]) -> list[Any]:
         """The plain sum over ranks: one grouped collective a bucket, and two a sparse gradient."""

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from orchestrator.communicators.base import WIRES, Communicator, Wire
+from orchestrator.flags import Flags
 from orchestrator.gradients import Reduction
 
 _numbers = itertools.count()
@@ -80,6 +81,7 @@ def distribute(
     communicator: Communicator,
     buckets: int = 1,
     compression: Wire | None = None,
+    flags: Flags | None = None,
 ) -> keras.optimizers.Optimizer:
     """Makes `optimizer` reduce its gradients; returns it. Does not communicate.
 
@@ -90,6 +92,7 @@ def distribute(
             of the last layers overlap the backward pass of the first.
         compression: `"fp16"` or `"bf16"`: dense gradients travel in half precision. `None`, the
             default, sends them as they are.
+        flags: Travel beside the count of each step; none by default.
 
     Raises:
         TypeError: `optimizer` is not a Keras 3 optimizer.
@@ -107,7 +110,7 @@ def distribute(
     if communicator.size > 1 and not is_distributed(optimizer):
         # Ranks that distribute their optimizers in one order give them the same names.
         name = f"optimizer.{next(_numbers)}"
-        _replace(optimizer, Reduction(communicator, name, buckets, compression))
+        _replace(optimizer, Reduction(communicator, name, buckets, compression, flags))
     return optimizer
 
 

@@ -12,11 +12,12 @@ from typing import Any, TypeVar, cast
 import keras
 import tensorflow as tf
 
-from orchestrator import backends, data, gradients, metrics, mirrored, optimizer, steps
+from orchestrator import backends, data, gradients, mirrored, optimizer, steps
 from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
 from orchestrator.events import Events
+from orchestrator.flags import Flags
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Runtime:
         seed: The seed every rank's Python, NumPy and TensorFlow generators began with.
         strategy: The `tf.distribute.MirroredStrategy`, or `None`.
         events: Where decisions are recorded; nowhere by default.
+        flags: What a rank has to tell the others at the end of a step.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Runtime:
         self.seed = seed
         self.strategy = strategy
         self.events = Events()
+        self.flags = Flags(alone=communicator.size == 1)
         self._buckets = gradient_buckets
         self._compression: Wire | None = gradient_compression
         self._said: set[str] = set()
@@ -97,7 +100,9 @@ class Runtime:
         global batch. Needs `broadcast(model)`. Does not communicate itself; each training step
         then makes one grouped collective a bucket.
         """
-        return optimizer.distribute(optimizer_, self.communicator, self._buckets, self._compression)
+        return optimizer.distribute(
+            optimizer_, self.communicator, self._buckets, self._compression, self.flags
+        )
 
     def broadcast(self, model: keras.Model) -> None:
         """Gives all ranks rank 0's weights and optimizer state; called by all ranks.
@@ -146,17 +151,20 @@ class Runtime:
             say=self.say_once,
         )
 
-    def on_root(self, function: Callable[[], None]) -> None:
-        """Runs `function` on rank 0 and tells all ranks how it went; called by all ranks.
+    def on_root(self, function: Callable[[], T]) -> T:
+        """Runs `function` on rank 0 and returns its result on all ranks; called by all ranks.
+
+        One small broadcast of the result, which must be picklable, or of how it failed.
 
         Raises:
             SettingError: On every rank, where rank 0 raised one.
             RankError: On the other ranks, for any other exception of rank 0, which raises its own.
         """
-        error = _attempt(function)[1] if self.is_root else None
-        told = self.communicator.broadcast_object(_told(error))
+        value, error = _attempt(function) if self.is_root else (None, None)
+        value, told = self.communicator.broadcast_object((value, _told(error)))
         if told is not None:
             raise error or _of_another_rank(0, told)
+        return cast(T, value)
 
     def on_all(self, function: Callable[[], T]) -> T:
         """Runs `function` on every rank and returns each rank's own result; called by all ranks.
@@ -292,25 +300,3 @@ def _told(error: Exception | None) -> _Told:
 def _of_another_rank(rank: int, told: tuple[bool, str]) -> Exception:
     is_setting, text = told
     return SettingError(text) if is_setting else RankError(f"Rank {rank} failed: {text}")
-
-
-def evaluate(model: keras.Model, part: Any, **options: Any) -> dict[str, float]:
-    """Evaluates on every rank's part and returns global results; called by all ranks.
-
-    Args:
-        model: Compiled.
-        part: This rank's data, as `Runtime.shard` gives it.
-        options: Passed on to `model.evaluate`; `verbose` is 0 by default.
-
-    Returns:
-        A number for each metric, the same on every rank; one collective in all.
-    """
-    runtime = current()
-    runtime.prepare(model)
-    options = {"verbose": 0, **options, "return_dict": True}
-    logs = model.evaluate(part, **options)
-    if runtime.size == 1:
-        return logs
-    state = metrics.snapshot(model, logs)
-    (state,) = metrics.global_states(runtime.communicator, model, [state])
-    return metrics.results(model, state)

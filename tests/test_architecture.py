@@ -18,6 +18,7 @@ LAYERS = {
     "decisions": 0,
     "communicators.*": 1,
     "storage": 1,
+    "flags": 2,
     "gradients": 2,
     "optimizer": 2,
     "losses": 2,
@@ -34,6 +35,7 @@ LAYERS = {
     "steps": 2,
     "backends": 2,
     "runtime": 3,
+    "evaluation": 3,
     "callbacks.*": 4,
     "training": 5,
 }

@@ -21,9 +21,11 @@ _file = os.open(FOLDER / f"rank-{_RANK}.log", os.O_WRONLY | os.O_CREAT | os.O_TR
 os.dup2(_file, 1)
 os.dup2(_file, 2)
 
+_BACKEND = os.environ["ORCHESTRATOR_TEST_BACKEND"]
 SIZE = int(os.environ["ORCHESTRATOR_TEST_SIZE"])
 several = pytest.mark.several  # needs more ranks than one: not collected on one
 three = pytest.mark.three  # costly, and says most where every part is uneven: on three ranks only
+once = pytest.mark.once  # and does not depend on the backend: on three ranks of Horovod only
 runtime: Any = None
 figures: dict[str, float] = {}
 _session: Any = None
@@ -37,18 +39,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     _session = session
     runtime = orchestrator.init(seed=7)
-    assert runtime.backend == os.environ["ORCHESTRATOR_TEST_BACKEND"], runtime.backend
+    assert runtime.backend == _BACKEND, runtime.backend
     assert runtime.size == SIZE, runtime.size
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "several: needs more ranks than one")
     config.addinivalue_line("markers", "three: on three ranks only")
+    config.addinivalue_line("markers", "once: on three ranks of Horovod only")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     left_out = {"several"} if SIZE == 1 else set()
-    left_out |= {"three"} if SIZE != 3 else set()
+    left_out |= {"three", "once"} if SIZE != 3 else set()
+    left_out |= {"once"} if _BACKEND != "horovod" else set()
     items[:] = [i for i in items if not any(i.get_closest_marker(name) for name in left_out)]
 
 

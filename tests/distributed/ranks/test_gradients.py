@@ -15,9 +15,7 @@ from orchestrator.optimizer import is_distributed
 from orchestrator.runtime import Runtime
 from orchestrator.steps import DivergedError
 from tests.distributed import problems
-from tests.distributed.rank_plugin import three
-
-pytestmark = three
+from tests.distributed.rank_plugin import once, three
 
 
 def weights_of(runtime, build, data, *, epochs=2, batch_size=16, **fit):
@@ -90,6 +88,7 @@ LOSSES = {
 }
 
 
+@once
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_divided_by_other_numbers(runtime, note, name):
     loss, mask, weighted = LOSSES[name]
@@ -106,6 +105,7 @@ def test_losses_divided_by_other_numbers(runtime, note, name):
     assert worst <= 1e-6
 
 
+@once
 @pytest.mark.parametrize("name", LOSSES)
 def test_such_losses_are_reported_as_by_one_process(runtime, communicator, note, name):
     loss, mask, weighted = LOSSES[name]
@@ -142,6 +142,7 @@ def two_outputs(runtime, second):
     return model
 
 
+@once
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
 def test_losses_divided_by_two_numbers_are_refused(runtime, reduction):
     x, y = tokens()
@@ -152,6 +153,7 @@ def test_losses_divided_by_two_numbers_are_refused(runtime, reduction):
         model.fit(data, verbose=0)
 
 
+@three
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
 def test_embeddings_are_reduced_by_rows(runtime, note, kind, positions, monkeypatch):
@@ -189,6 +191,7 @@ def classifier(runtime, optimizer, **compile_options):
     return model
 
 
+@three
 def test_accumulated_gradients_travel_on_update_steps_only(runtime, communicator, monkeypatch):
     if runtime.backend != "mpi":
         return  # test_collectives.py counts Horovod's in its timeline
@@ -203,6 +206,7 @@ def test_accumulated_gradients_travel_on_update_steps_only(runtime, communicator
     assert len(sizes) == 3 + 12
 
 
+@three
 @pytest.mark.parametrize(("wire", "limit"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_half_precision_on_the_wire(runtime, communicator, note, wire, limit):
     halved = Runtime(communicator, gradient_compression=wire)
@@ -213,6 +217,7 @@ def test_half_precision_on_the_wire(runtime, communicator, note, wire, limit):
     assert 1e-8 < worst <= limit
 
 
+@three
 def test_a_non_finite_step_on_one_rank_skips_it_on_all(runtime, communicator):
     keras.utils.set_random_seed(3)
     half = keras.layers.Dense(1, dtype="mixed_float16")
@@ -234,6 +239,7 @@ def test_a_non_finite_step_on_one_rank_skips_it_on_all(runtime, communicator):
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
+@once
 @pytest.mark.parametrize("accumulate", [None, 2])
 def test_mixed_precision_by_policy(runtime, communicator, accumulate):
     keras.config.set_dtype_policy("mixed_float16")
@@ -254,6 +260,7 @@ def test_mixed_precision_by_policy(runtime, communicator, accumulate):
     assert all(other == everyone[0] for other in everyone)
 
 
+@once
 @pytest.mark.parametrize("steps", [3, 50])
 def test_several_steps_per_execution(runtime, note, steps):
     worst = difference(
@@ -280,6 +287,7 @@ class Twice(keras.Model):
         return {"mine": loss}
 
 
+@once
 def test_a_train_step_of_the_users(runtime, note):
     def build(runtime):
         model = Twice(*(lambda m: (m.inputs, m.outputs))(problems.mlp(16, seed=3)))
@@ -331,12 +339,14 @@ def pair(runtime, second=True):
     return model
 
 
+@once
 def test_two_optimizers(runtime, note):
     worst = difference(runtime, pair, problems.digits(113))
     note("weights, two optimizers", worst)
     assert worst <= 1e-6
 
 
+@once
 def test_one_of_two_optimizers_not_distributed_is_found(runtime):
     with pytest.raises(DivergedError, match="the optimizer is not distributed"):
         weights_of(runtime, lambda r: pair(r, second=False), problems.digits(113))

@@ -13,7 +13,7 @@ from orchestrator import callbacks, statistics
 from orchestrator.runtime import Runtime
 from orchestrator.steps import DivergedError
 from tests.distributed import problems
-from tests.distributed.rank_plugin import several, three
+from tests.distributed.rank_plugin import once, several
 
 
 def normalised(runtime, *, synchronized=False, momentum=0.5, frozen=False):
@@ -90,7 +90,7 @@ def test_moving_statistics_are_merged_before_each_validation(runtime, communicat
     assert len(set(communicator.allgather_object(tuple(problems.bits(moving(model)))))) == 1
 
 
-@several
+@once
 def test_what_is_saved_holds_the_merged_statistics(runtime, communicator, shared_path):
     model = normalised(runtime)
     runtime.broadcast(model)
@@ -105,7 +105,7 @@ def test_what_is_saved_holds_the_merged_statistics(runtime, communicator, shared
     assert len(set(communicator.allgather_object(tuple(problems.bits(moving(model)))))) == 1
 
 
-@several
+@once
 def test_a_script_without_our_callbacks_validates_alike(runtime, communicator):
     model = normalised(runtime)
     runtime.broadcast(model)
@@ -121,7 +121,7 @@ def test_a_script_without_our_callbacks_validates_alike(runtime, communicator):
     assert results["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-7)
 
 
-@three
+@once
 def test_frozen_statistics_travel_nowhere(runtime, communicator):
     counting: Any = problems.Counting(communicator)
     with Runtime(counting).use() as counted:
@@ -166,7 +166,7 @@ def sequence(runtime):
 
 
 # 53 = 3 x 16 + 5, and 49 = 3 x 16 + 1, where the other ranks' parts are empty.
-@several
+@once
 @pytest.mark.parametrize(("count", "masked"), [(53, False), (49, False), (53, True)])
 def test_synchronized_batch_normalization_is_that_of_one_process(
     runtime, communicator, note, count, masked
@@ -193,7 +193,7 @@ def augmented(runtime):
     return model
 
 
-@several
+@once
 def test_augmentation_differs_by_rank_and_repeats_with_the_seed(runtime, communicator):
     image = np.arange(64, dtype="float32").reshape(1, 8, 8, 1)
 
@@ -227,7 +227,7 @@ class Flip(keras.callbacks.Callback):
 
 
 @several
-@pytest.mark.parametrize("check_freq", ["epoch", 2])
+@pytest.mark.parametrize("check_freq", ["epoch", pytest.param(2, marks=once)])
 def test_the_guard_finds_one_flipped_bit(runtime, communicator, check_freq):
     model = problems.mlp(16)
     model.compile(
