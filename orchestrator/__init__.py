@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from orchestrator import callbacks
+    from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.config import SettingError, Settings
     from orchestrator.evaluation import evaluate
     from orchestrator.runtime import Runtime, init
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointStore",
     "NpzFiles",
     "Runtime",
     "SettingError",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckpointStore": "checkpoint.store",
     "NpzFiles": "sources.npz",
     "Runtime": "runtime",
     "SettingError": "config",

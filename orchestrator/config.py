@@ -58,6 +58,37 @@ class Train(_Section):
     gradient_compression: Literal["fp16", "bf16"] | None = None
 
 
+class Checkpoint(_Section):
+    """Checkpoints of the training state; none are saved unless one of the `every_` is set.
+
+    Attributes:
+        url: The store, any fsspec URL; by default `checkpoints` in `run.dir`.
+        every_epochs: Save after so many epochs.
+        every_steps: Save after so many steps.
+        every_minutes: Save after so many minutes.
+        keep_last: Keep so many of the newest; with no `keep_` all are kept.
+        keep_best: Keep so many of the best by `monitor`.
+        keep_every: Keep each whose step is a multiple of this.
+        monitor: The metric for `keep_best`; `val_loss` by default.
+        mode: Whether less (`min`, the default) or more (`max`) of it is better.
+        background: Whether to write while training goes on; true by default.
+        when_busy: With a save still being written a new one waits (`wait`, the default) or
+            is queued, and replaced by a newer one (`replace`).
+    """
+
+    url: str | None = Field(None, min_length=1)
+    every_epochs: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: float | None = Field(None, gt=0)
+    keep_last: int | None = Field(None, ge=1)
+    keep_best: int | None = Field(None, ge=1)
+    keep_every: int | None = Field(None, ge=1)
+    monitor: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    background: bool = True
+    when_busy: Literal["wait", "replace"] = "wait"
+
+
 class UserFunction(_Section):
     """A function of the user's.
 
@@ -78,6 +109,7 @@ class Settings(_Section):
         train: How long and in what steps.
         data: Gives `(training, validation)`, called with `global_batch_size`, `seed` and options.
         model: Gives a compiled `keras.Model`, called with the options.
+        checkpoint: When to save checkpoints, and which to keep.
         callbacks: Callbacks by name with their arguments, in order.
     """
 
@@ -85,6 +117,7 @@ class Settings(_Section):
     train: Train
     data: UserFunction
     model: UserFunction
+    checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint.model_validate({}))
     callbacks: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
 
     def dump(self) -> str:

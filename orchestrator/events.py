@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import threading
 import time
 from typing import Any
 
@@ -40,11 +41,14 @@ class RunDirectory(Events):
         self.url = url
         storage.remove(storage.join(url, "outcome.json"))
         self._events = storage.Lines(storage.join(url, "events.jsonl"))
+        self._lock = threading.Lock()  # checkpoints are committed in a thread of their own
 
     def emit(self, kind: str, *, epoch: int | None, step: int | None, rank: int, **values: Any):
         """Appends one line to `events.jsonl`; NaN and infinities are written as strings."""
         record = {"time": time.time(), "epoch": epoch, "step": step, "rank": rank, "kind": kind}
-        self._events.append(json.dumps({**record, **{k: _plain(v) for k, v in values.items()}}))
+        line = json.dumps({**record, **{k: _plain(v) for k, v in values.items()}})
+        with self._lock:
+            self._events.append(line)
 
     def outcome(self, exit_code: int, reason: str, epoch: int | None, step: int | None) -> None:
         """Writes `outcome.json`, whole."""

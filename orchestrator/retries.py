@@ -20,6 +20,7 @@ _CODES = {
     "InternalError", "OperationAborted", "RequestTimeout", "RequestTimeTooSkewed",
     "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
     "ConditionalRequestConflict", "TooManyRequests", "BadDigest", "IncompleteBody",
+    "NoSuchUpload",  # the answer to a part or a completion got lost, or someone pruned: begin anew
 }  # fmt: skip
 _ERRNO = {
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,

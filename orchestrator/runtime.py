@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from typing import Any, TypeVar, cast
 import keras
 import tensorflow as tf
 
-from orchestrator import backends, data, gradients, mirrored, optimizer, steps
+from orchestrator import backends, data, gradients, mirrored, optimizer, steps, weights
+from orchestrator.checkpoint.catalog import Checkpoint
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
@@ -165,6 +168,41 @@ class Runtime:
         if told is not None:
             raise error or _of_another_rank(0, told)
         return cast(T, value)
+
+    def restore(self, model: keras.Model, store: CheckpointStore) -> Checkpoint | None:
+        """Gives all ranks the newest whole checkpoint's weights and optimizer state.
+
+        Called by all ranks. Rank 0 reads it, once whatever their number, and broadcasts.
+
+        Args:
+            model: Built and compiled as it was when saved.
+            store: Where `StoreCheckpoint` saved.
+
+        Returns:
+            The checkpoint, or `None` if the store has no whole one; the model is then as before.
+        """
+        passed_over: list[str] = []
+
+        def load() -> Checkpoint | None:
+            weights.state_variables(model)  # builds the optimizer, whose state is there as well
+            with store.newest(lambda step, why: passed_over.append(f"{step}: {why}")) as found:
+                if found is not None:
+                    model.load_weights(os.path.join(found.folder, "model.weights.h5"))
+                    return found.checkpoint
+            return None
+
+        checkpoint = self.on_root(load)
+        if checkpoint is not None:
+            self.broadcast(model)
+            self.events.emit(
+                "restore",
+                epoch=checkpoint.epoch,
+                step=checkpoint.step,
+                rank=0,
+                path=checkpoint.url,
+                passed_over=passed_over,
+            )
+        return checkpoint
 
     def on_all(self, function: Callable[[], T]) -> T:
         """Runs `function` on every rank and returns each rank's own result; called by all ranks.

@@ -16,6 +16,7 @@ import tensorflow as tf
 from orchestrator import callbacks as ours
 from orchestrator import runtime as runtimes
 from orchestrator import storage, weights
+from orchestrator.checkpoint import retention
 from orchestrator.config import SettingError, Settings, UserFunction, nearest
 from orchestrator.events import RunDirectory
 from orchestrator.runtime import Runtime
@@ -95,6 +96,7 @@ def _train(
         verbose=2 if runtime.is_root else 0,
         callbacks=[
             *made,
+            *_checkpoints(settings),
             ours.CSVLogger(storage.join(settings.run.dir, "history.csv")),
         ],
     )
@@ -102,6 +104,31 @@ def _train(
     restored = stopper.restored_epoch if stopper else None
     _finish(settings, runtime, history, directory, restored)
     return history
+
+
+def _checkpoints(settings: Settings) -> list[keras.callbacks.Callback]:
+    """The callback that saves to the store, where the settings ask for one."""
+    asked = settings.checkpoint
+    save: list[retention.Save] = []
+    save += [retention.EveryEpochs(asked.every_epochs)] if asked.every_epochs else []
+    save += [retention.EverySteps(asked.every_steps)] if asked.every_steps else []
+    save += [retention.EveryMinutes(asked.every_minutes)] if asked.every_minutes else []
+    keep: list[retention.Keep] = []
+    keep += [retention.Last(asked.keep_last)] if asked.keep_last else []
+    keep += [retention.Multiples(asked.keep_every)] if asked.keep_every else []
+    if asked.keep_best:
+        keep.append(retention.Best(asked.monitor, asked.mode, asked.keep_best))
+    if not save:
+        return []
+    return [
+        ours.StoreCheckpoint(
+            asked.url or storage.join(settings.run.dir, "checkpoints"),
+            save=save,
+            keep=keep,
+            background=asked.background,
+            when_busy=asked.when_busy,
+        )
+    ]
 
 
 def start(settings: Settings) -> Runtime:
@@ -217,7 +244,7 @@ def _build(settings: Settings, build_model: Callable[..., Any]) -> keras.Model:
 
 def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any]:
     """A checked entry of `callbacks`, to be made once the model is there."""
-    names = [name for name in ours.__all__ if name != "GlobalMetrics"]
+    names = [name for name in ours.__all__ if name not in ("GlobalMetrics", "StoreCheckpoint")]
     if len(entry) != 1:
         raise SettingError(f"callbacks: each entry is one name with its arguments, got {entry}.")
     ((name, arguments),) = entry.items()

@@ -16,6 +16,9 @@ PACKAGE = ROOT / "orchestrator"
 LAYERS = {
     "config": 0,
     "decisions": 0,
+    "retries": 0,
+    "checkpoint.manifest": 0,
+    "checkpoint.retention": 0,
     "communicators.*": 1,
     "storage": 1,
     "flags": 2,
@@ -34,10 +37,12 @@ LAYERS = {
     "events": 2,
     "steps": 2,
     "backends": 2,
+    "checkpoint.*": 2,
     "runtime": 3,
     "evaluation": 3,
     "callbacks.*": 4,
     "training": 5,
+    "cli": 6,
 }
 ONLY_IN = {"horovod": "communicators.horovod", "mpi4py": "communicators.mpi"}
 

@@ -203,4 +203,11 @@ def test_known_keys():
 
 def test_setting_error_is_a_value_error():
     assert issubclass(SettingError, ValueError)
-    assert set(Settings.model_fields) == {"run", "train", "data", "model", "callbacks"}
+    assert set(Settings.model_fields) == {
+        "run",
+        "train",
+        "data",
+        "model",
+        "checkpoint",
+        "callbacks",
+    }

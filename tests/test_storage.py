@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from orchestrator import storage
+from orchestrator.config import SettingError
 
 
 @pytest.fixture
@@ -233,3 +234,79 @@ def test_remove(tmp_path, memory):
         storage.remove(url)
         assert not fs.exists(path)
         storage.remove(url)  # where there is none, nothing is done
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_preflight(tmp_path, memory, kind):
+    url = str(tmp_path / "new" / "folder") if kind == "disk" else memory
+    storage.preflight(url)
+    fs, path = storage.resolve(url)
+    assert fs.find(path) == []
+
+
+def test_preflight_of_a_place_in_use_leaves_it_as_it_was(tmp_path):
+    (tmp_path / "file").write_text("x")
+    storage.preflight(str(tmp_path))
+    assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(SettingError, match="A file is in the way of a folder"):
+        storage.preflight(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OSError(errno.ENOSPC, "full"), OSError, "The disk is full: free some of it"),
+        (OSError("Can't write (errno = 28, ...)"), OSError, "The disk is full: free some of it"),
+        (OSError(errno.EDQUOT, "quota"), OSError, "The disk is full: free some of it"),
+        (OSError(errno.EROFS, "read-only"), SettingError, "choose another place"),
+        (PermissionError(errno.EACCES, "no"), SettingError, "Check the credentials"),
+        (OSError("Forbidden: b/x"), SettingError, "Check the credentials"),
+    ],
+)
+def test_the_usual_mistakes_are_explained(error, kind, message):
+    with pytest.raises(kind, match=message) as caught, storage.explained("s3://bucket/run"):
+        raise error
+    assert str(caught.value).count("s3://bucket/run") == 1
+    assert caught.value.__cause__ is error
+
+
+def test_other_errors_stay_as_they_are():
+    error = RuntimeError("something")
+    with pytest.raises(RuntimeError) as caught, storage.explained("s3://bucket/run"):
+        raise error
+    assert caught.value is error
+    with pytest.raises(FileNotFoundError), storage.explained("s3://bucket/run"):
+        open("/no/such/local/file")  # noqa: SIM115 - not a bucket
+
+
+def test_a_full_disk_is_told_at_the_preflight(tmp_path, monkeypatch):
+    def full(self, path: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.pipe_file", full)
+    with pytest.raises(OSError, match="free some of it"):
+        storage.preflight(str(tmp_path))
+
+
+@pytest.mark.parametrize(("url", "extra"), [("s3://b/x", "s3"), ("gs://b/x", "gcs")])
+def test_a_missing_extra_is_named(monkeypatch, url, extra):
+    def missing(*_, **__):
+        raise ImportError("Install s3fs")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(SettingError, match=rf"pip install 'keras-orchestrator\[{extra}\]'"):
+        storage.resolve(url)
+
+
+def test_an_unknown_kind_of_url_is_told():
+    with pytest.raises(SettingError, match="nonesuch://bucket"):
+        storage.resolve("nonesuch://bucket/x")
+
+
+def test_given_options_go_before_ours():
+    fs, _ = storage.resolve("s3://bucket/x", {"key": "a", "secret": "b", "max_concurrency": 2,
+                            "config_kwargs": {"read_timeout": 7}})  # fmt: skip
+    assert fs.max_concurrency == 2
+    assert fs.default_block_size == 16 * 2**20
+    assert fs.config_kwargs["read_timeout"] == 7
+    assert fs.config_kwargs["connect_timeout"] == 10

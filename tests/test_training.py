@@ -18,6 +18,7 @@ import yaml
 
 from launch.train import main
 from orchestrator import SettingError, config, runtime, storage
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.runtime import Runtime
 from orchestrator.training import check_batch, imported
@@ -203,6 +204,23 @@ def test_arrays_are_batched_and_shuffled(here):
     assert ends[0]["weights"] == ends[1]["weights"] != ends[2]["weights"]
 
 
+def test_checkpoints(here):
+    words = ("train.epochs=4", "checkpoint.every_epochs=1", "checkpoint.keep_last=2")
+    assert launch(*words, "callbacks=[]") == 0
+    found = CheckpointStore(str(here / "run" / "checkpoints")).list()
+    assert [(one.step, one.epoch) for one in found] == [(9, 2), (12, 3)]
+    assert set(found[0].metrics) == {"loss", "mae", "val_loss", "val_mae"}
+    kinds = [event["kind"] for event in events(here / "run")]
+    assert kinds.count("checkpoint") == 4
+    assert kinds[-1] == "end"
+
+
+def test_checkpoints_elsewhere(here, tmp_path):
+    assert launch(f"checkpoint={{url: {tmp_path}/other, every_steps: 2, keep_every: 4}}") == 0
+    found = CheckpointStore(str(tmp_path / "other")).list()
+    assert [one.step for one in found] == [4, 6]  # the newest stays
+
+
 def test_options_may_have_any_name(here):
     assert launch("model.options={path: a, key: b, function: c}", "train.epochs=1") == 0
 
@@ -211,6 +229,8 @@ BEFORE = [  # known before anything is made: there is no run directory
     (["train.epoch=3"], "train.epoch is not a setting. Did you mean train.epochs?"),
     (["train.epochs=none"], "train.epochs='none' is not allowed"),
     (["run.backend=nccl"], "run.backend='nccl'"),
+    (["checkpoint.every_epoch=1"], "Did you mean checkpoint.every_epochs?"),
+    (["checkpoint.keep_last=0"], "checkpoint.keep_last=0 is not allowed"),
     (["epochs"], "Write key=value"),
     (["run.replicas=2"], "replicas=2 with backend='single' is not allowed"),
     (["data.factory=nonesuch:data"], "data.factory=nonesuch:data: there is no module 'nonesuch'"),

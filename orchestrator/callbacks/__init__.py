@@ -6,6 +6,7 @@ from orchestrator.callbacks.early_stopping import EarlyStopping
 from orchestrator.callbacks.global_metrics import GlobalMetrics
 from orchestrator.callbacks.model_checkpoint import ModelCheckpoint
 from orchestrator.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau
+from orchestrator.callbacks.store_checkpoint import StoreCheckpoint
 
 __all__ = [
     "CSVLogger",
@@ -14,4 +15,5 @@ __all__ = [
     "GlobalMetrics",
     "ModelCheckpoint",
     "ReduceLROnPlateau",
+    "StoreCheckpoint",
 ]

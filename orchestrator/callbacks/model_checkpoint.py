@@ -11,6 +11,7 @@ import numpy as np
 
 from orchestrator import decisions, metrics, storage
 from orchestrator.callbacks.monitor import Monitor, available
+from orchestrator.checkpoint import best
 from orchestrator.config import SettingError
 
 
@@ -23,6 +24,10 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
     on all ranks. With `save_freq` in batches the metrics so far are combined at each save (one
     allreduce). Unlike Keras's, a NaN is never an improvement, and any finite value improves on it.
 
+    With `save_best_only` the file says how good it is, beside the model, and a later run replaces
+    it by a better one only: before the first save under a name rank 0 looks, and tells (one small
+    broadcast). A file that is the best by another metric is replaced.
+
     Raises:
         SettingError: On every rank, from the first save: `filepath` names a metric that is not
             there.
@@ -32,6 +37,7 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
         """Counts batches afresh."""
         super().on_train_begin(logs)
         self._batches = decisions.BatchCount()
+        self._recalled: set[str] = set()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves every `save_freq` batches."""
@@ -72,6 +78,8 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
             self.model.save_weights(path, overwrite=True)
         else:
             self.model.save(path, overwrite=True)
+        if self.save_best_only and self.best is not None:
+            best.remember(path, best.Best(self.monitor, self._improvement().mode, self.best))
 
     def _is_best(self, epoch: int, filepath: str, logs: Mapping[str, Any]) -> bool:
         """Decides, and remembers a new best. As Keras does, saves where it cannot tell."""
@@ -83,16 +91,32 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
                 stacklevel=2,
             )
             return True
-        best = "None" if self.best is None else f"{self.best:.5f}"
-        if not self._improvement()(current, self.best):
-            self._say(f"\nEpoch {epoch + 1}: {self.monitor} did not improve from {best}")
+        improvement = self._improvement()
+        if improvement(current, self.best):
+            self._recall(filepath)
+        before = "None" if self.best is None else f"{self.best:.5f}"
+        if not improvement(current, self.best):
+            self._say(f"\nEpoch {epoch + 1}: {self.monitor} did not improve from {before}")
             return False
         self._say(
-            f"\nEpoch {epoch + 1}: {self.monitor} improved from {best} to {current:.5f}, "
+            f"\nEpoch {epoch + 1}: {self.monitor} improved from {before} to {current:.5f}, "
             f"saving model to {filepath}"
         )
         self.best = current
         return True
+
+    def _recall(self, filepath: str) -> None:
+        """Takes up the best of an earlier run that saved under this name; asks once a name."""
+        if filepath in self._recalled:
+            return
+        self._recalled.add(filepath)
+        found = self._runtime.on_root(lambda: best.recall(filepath))
+        improvement = self._improvement()
+        if found is None or (found.monitor, found.mode) != (self.monitor, improvement.mode):
+            return
+        if self.best is None or improvement(found.value, self.best):
+            self._say(f"\n{filepath} is there from an earlier run, with {found.value:.5f}")
+            self.best = found.value
 
     def _get_file_path(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> str:
         values = {"epoch": epoch + 1, **logs}

@@ -42,7 +42,9 @@ def test_attributes_are_keras(name):
 
 
 def test_all_is_the_public_list():
-    assert sorted(callbacks.__all__) == sorted([*OURS, "ConsistencyGuard", "GlobalMetrics"])
+    assert sorted(callbacks.__all__) == sorted(
+        [*OURS, "ConsistencyGuard", "GlobalMetrics", "StoreCheckpoint"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""The `orchestrator` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.checkpoint.retention import Best, Keep, Last, Mode, Multiples
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import SettingError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Distributed training of Keras models: what goes with it on the command line.",
+)
+checkpoints = typer.Typer(no_args_is_help=True, help="Look after the checkpoints at a URL.")
+app.add_typer(checkpoints, name="checkpoints")
+
+Url = Annotated[str, typer.Argument(help="Where the checkpoints are: a folder or any fsspec URL.")]
+
+
+@app.callback()
+def _main() -> None:
+    pass
+
+
+@checkpoints.command()
+def ls(url: Url) -> None:
+    """List the committed checkpoints, oldest first."""
+    found = CheckpointStore(url).list()
+    table = Table("step", "epoch", "MiB", "ranks", "metrics")
+    for one in found:
+        size = sum(file.size for file in one.manifest.files) / 2**20
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())
+        epoch = "" if one.epoch is None else str(one.epoch)
+        table.add_row(str(one.step), epoch, f"{size:.1f}", str(one.manifest.world_size), metrics)
+    _show(table, len(found), url)
+
+
+@checkpoints.command()
+def verify(url: Url) -> None:
+    """Read and hash every byte; ends with 1 if any checkpoint is broken."""
+    verdicts = CheckpointStore(url).verify()
+    table = Table("step", "")
+    for one in verdicts:
+        table.add_row(str(one.step), one.problem or "whole")
+    _show(table, len(verdicts), url)
+    if any(one.problem for one in verdicts):
+        raise typer.Exit(1)
+
+
+@checkpoints.command()
+def prune(
+    url: Url,
+    last: Annotated[int | None, typer.Option(min=1, help="Keep so many of the newest.")] = None,
+    best: Annotated[str | None, typer.Option(help="Keep the best by this metric.")] = None,
+    mode: Annotated[Mode, typer.Option(help="Whether less or more of it is better.")] = "min",
+    every: Annotated[int | None, typer.Option(min=1, help="Keep each multiple of steps.")] = None,
+    older_than: Annotated[
+        float, typer.Option(min=0, help="Leave what is unfinished and younger, in hours.")
+    ] = 24.0,
+) -> None:
+    """Remove what dead writers left, and checkpoints that none of the given options keeps.
+
+    The newest whole checkpoint always stays. Without options all checkpoints stay.
+    """
+    keep: list[Keep] = [Last(last)] if last else []
+    keep += [Best(best, mode)] if best else []
+    keep += [Multiples(every)] if every else []
+    pruned = CheckpointStore(url).prune(keep, older_than=3600 * older_than)
+    print(f"{url}: removed {len(pruned.steps)} checkpoints, {len(pruned.leftovers)} leftovers")
+    for step in pruned.steps:
+        print(f"  step {step}")
+    for leftover in pruned.leftovers:
+        print(f"  {leftover}")
+
+
+def _show(table: Table, rows: int, url: str) -> None:
+    if rows:
+        Console().print(table)
+    else:
+        print(f"{url}: no checkpoints")
+
+
+def main() -> None:
+    """Runs the command; bad input ends it with 2 and one line."""
+    try:
+        app()
+    except SettingError as error:
+        print(f"orchestrator: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"orchestrator: {error}", file=sys.stderr)
+        sys.exit(1)
