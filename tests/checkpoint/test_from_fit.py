@@ -1,0 +1,70 @@
+"""`fit` with callbacks that save to real S3 and GCS servers, which fsspec's settings point at."""
+
+from __future__ import annotations
+
+import os
+
+import fsspec
+import keras
+import numpy as np
+import pytest
+
+from orchestrator import callbacks, storage
+from orchestrator.checkpoint.best import recall
+from orchestrator.checkpoint.retention import Last
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.communicators.single import SingleCommunicator
+from orchestrator.runtime import Runtime
+from tests.callbacks.models import Script, X, fit, make
+from tests.checkpoint import servers
+from tests.checkpoint.conftest import make_target
+
+KINDS = [pytest.param(kind, marks=pytest.mark.servers) for kind in servers.KINDS]
+
+
+@pytest.fixture(params=KINDS)
+def url(request, tmp_path, started, monkeypatch):
+    """A prefix that plain URLs reach, as with credentials and an endpoint in the environment."""
+    target = make_target(request.param, tmp_path, started)
+    protocol = fsspec.utils.get_protocol(target.url)
+    for name in {protocol, {"gs": "gcs", "gcs": "gs"}.get(protocol, protocol)}:
+        monkeypatch.setitem(fsspec.config.conf, name, target.options)
+    yield target.url
+    target.close()
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])
+def test_model_checkpoint_keeps_the_best_of_two_runs(url, name, tmp_path):
+    path = f"{url}/{name}"
+    options = {"save_best_only": True, "save_weights_only": name.endswith(".h5")}
+    for values, best in (([0.5, 0.3], 0.3), ([0.4], 0.3), ([0.2], 0.2)):
+        model, callback = make(), callbacks.ModelCheckpoint(path, **options)
+        fit(model, Script(values), callback, epochs=len(values))
+        found = recall(path)
+        assert found is not None
+        assert (callback.best, found.value) == (best, best)
+    fs, inner = storage.resolve(path)
+    local = str(tmp_path / name)
+    fs.get_file(inner, local)
+    loaded = make()
+    if name.endswith(".keras"):
+        loaded = keras.models.load_model(local)
+    else:
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(local)
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert [os.path.basename(p) for p in fs.find(storage.resolve(url)[1])] == [name]
+
+
+def test_store_checkpoint_and_restore(url):
+    model = make()
+    fit(model, callbacks.StoreCheckpoint(url, keep=[Last(2)]), epochs=4)
+    assert [one.step for one in CheckpointStore(url).list()] == [9, 12]
+    fresh = make()
+    checkpoint = Runtime(SingleCommunicator()).restore(fresh, CheckpointStore(url))
+    assert checkpoint is not None
+    assert checkpoint.step == 12
+    ours = [*fresh.weights, *fresh.optimizer.variables]
+    theirs = [*model.weights, *model.optimizer.variables]
+    for one, two in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
