@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -29,13 +30,15 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
     broadcast). A file that is the best by another metric is replaced.
 
     Raises:
-        SettingError: On every rank, from the first save: `filepath` names a metric that is not
-            there.
+        SettingError: On every rank, before training: nothing can be written there (a small file
+            is written, read and deleted). From the first save: `filepath` names a metric that is
+            not there.
     """
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Counts batches afresh."""
+        """Tries the target out, so that a wrong bucket is known now, and counts batches afresh."""
         super().on_train_begin(logs)
+        self._runtime.on_root(lambda: storage.preflight(self._folder()))
         self._batches = decisions.BatchCount()
         self._recalled: set[str] = set()
 
@@ -117,6 +120,10 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
         if self.best is None or improvement(found.value, self.best):
             self._say(f"\n{filepath} is there from an earlier run, with {found.value:.5f}")
             self.best = found.value
+
+    def _folder(self) -> str:
+        """Where files go, as far as it is known before there are epochs and metrics."""
+        return self.filepath.partition("{")[0].rpartition("/")[0] or os.curdir
 
     def _get_file_path(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> str:
         values = {"epoch": epoch + 1, **logs}

@@ -273,7 +273,7 @@ def test_only_the_root_writes_and_all_learn(tmp_path):
     with Runtime(communicator).use():
         fit(make(run_eagerly=False), ModelCheckpoint(str(tmp_path / "m.keras")), epochs=2)
     assert files(tmp_path) == []
-    assert communicator.calls.count("broadcast_object") == 2
+    assert communicator.calls.count("broadcast_object") == 1 + 2, "trying it out, and two saves"
 
 
 def test_a_failure_of_the_root_is_raised_on_the_others(tmp_path):

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.best import recall
 from orchestrator.checkpoint.retention import Last
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.communicators.single import SingleCommunicator
+from orchestrator.config import SettingError
 from orchestrator.runtime import Runtime
 from tests.callbacks.models import Script, X, fit, make
 from tests.checkpoint import servers
@@ -68,3 +69,13 @@ def test_store_checkpoint_and_restore(url):
     theirs = [*model.weights, *model.optimizer.variables]
     for one, two in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+@pytest.mark.parametrize("saver", [callbacks.ModelCheckpoint, callbacks.StoreCheckpoint])
+def test_a_wrong_bucket_is_known_before_training(url, saver):
+    protocol, _, rest = url.partition("://")
+    wrong = f"{protocol}://no-such-bucket/{rest}.keras"
+    model = make()
+    with pytest.raises(SettingError, match=r"no-such-bucket.*There is no such bucket"):
+        fit(model, saver(wrong))
+    assert int(model.optimizer.iterations.numpy()) == 0
