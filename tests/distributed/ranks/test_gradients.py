@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import orchestrator
-from orchestrator import callbacks
+from orchestrator import callbacks, flags
 from orchestrator.optimizer import is_distributed
 from orchestrator.runtime import Runtime
 from orchestrator.steps import DivergedError
@@ -202,7 +202,7 @@ def test_accumulated_gradients_travel_on_update_steps_only(runtime, communicator
     weights_of(runtime, lambda r: classifier(r, optimizer), problems.digits(96), batch_size=16)
     parameters = 64 * 16 + 16 + 16 * 10 + 10
     assert sizes.count(parameters) == 2 * 6 // 4  # epochs, steps, of which one in four updates
-    assert sizes.count(1) == 2 * 6, "the counts, each step"
+    assert sizes.count(1 + len(flags.NAMES)) == 2 * 6, "the counts and flags, each step"
     assert len(sizes) == 3 + 12
 
 
