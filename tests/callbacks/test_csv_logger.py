@@ -129,7 +129,7 @@ def test_only_the_root_writes(tmp_path):
 
 
 def test_a_failure_of_the_root_is_raised_on_the_others(tmp_path):
-    communicator = FakeCommunicator(1, 2, broadcast=lambda told: (False, "disk full"))
+    communicator = FakeCommunicator(1, 2, broadcast=lambda told: (None, (False, "disk full")))
     with (
         Runtime(communicator).use(),
         pytest.raises(RankError, match="Rank 0 failed: disk full"),
