@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.config import SettingError, Settings
     from orchestrator.evaluation import evaluate
+    from orchestrator.restoring import restore
     from orchestrator.runtime import Runtime, init
     from orchestrator.sources.npz import NpzFiles
     from orchestrator.sources.tfrecord import TFRecordFiles
@@ -30,6 +31,7 @@ __all__ = [
     "callbacks",
     "evaluate",
     "init",
+    "restore",
     "train",
 ]
 
@@ -42,6 +44,7 @@ _HOMES = {
     "TFRecordFiles": "sources.tfrecord",
     "evaluate": "evaluation",
     "init": "runtime",
+    "restore": "restoring",
     "train": "training",
 }
 

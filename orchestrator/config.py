@@ -76,13 +76,13 @@ class Checkpoint(_Section):
             is queued, and replaced by a newer one (`replace`).
     """
 
-    url: str | None = Field(None, min_length=1)
-    every_epochs: int | None = Field(None, ge=1)
-    every_steps: int | None = Field(None, ge=1)
-    every_minutes: float | None = Field(None, gt=0)
-    keep_last: int | None = Field(None, ge=1)
-    keep_best: int | None = Field(None, ge=1)
-    keep_every: int | None = Field(None, ge=1)
+    url: str | None = Field(default=None, min_length=1)
+    every_epochs: int | None = Field(default=None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
+    every_minutes: float | None = Field(default=None, gt=0)
+    keep_last: int | None = Field(default=None, ge=1)
+    keep_best: int | None = Field(default=None, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
     monitor: str = "val_loss"
     mode: Literal["min", "max"] = "min"
     background: bool = True
@@ -117,7 +117,7 @@ class Settings(_Section):
     train: Train
     data: UserFunction
     model: UserFunction
-    checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint.model_validate({}))
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     callbacks: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
 
     def dump(self) -> str:

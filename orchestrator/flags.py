@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class Flags:
     def __init__(self, alone: bool = False) -> None:
         self._alone = alone
         self._raised = np.zeros(len(NAMES), np.float32)
+        self._lock = threading.Lock()
 
     @functools.cached_property
     def _own(self) -> Any:
@@ -52,9 +54,11 @@ class Flags:
         return bool(everyone[NAMES.index(name)])
 
     def _set(self, name: str, value: float) -> None:
-        self._raised[NAMES.index(name)] = value
-        if not self._alone:
-            self._own.assign(self._raised)
+        # Else one thread's older copy could take another's flag down again.
+        with self._lock:
+            self._raised[NAMES.index(name)] = value
+            if not self._alone:
+                self._own.assign(self._raised)
 
     def own(self) -> tf.Tensor:
         """This rank's, (flags,) float32; called while a step is traced."""

@@ -140,6 +140,7 @@ def batch_losses(model: keras.Model) -> np.ndarray:
 
 
 def mean_of(rows: np.ndarray) -> float:
-    """The loss Keras reports, from the sum of all ranks' rows."""
+    """The loss Keras reports, from the sum of all ranks' rows; 0 without samples, as there."""
     losses = np.divide(rows[:, 0], rows[:, 1], out=np.zeros(len(rows)), where=rows[:, 1] != 0)
-    return float(np.average(losses, weights=rows[:, 2]))
+    samples = rows[:, 2].sum()
+    return float(losses @ rows[:, 2] / samples) if samples else 0.0

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
 
-from orchestrator import backends, data, gradients, mirrored, optimizer, steps, weights
-from orchestrator.checkpoint.catalog import Checkpoint
-from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator import agreement, backends, data, gradients, mirrored, optimizer, steps
 from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
@@ -26,13 +23,6 @@ T = TypeVar("T")
 
 _default: Runtime | None = None
 _thread = threading.local()
-
-
-class RankError(RuntimeError):
-    """Something has failed on another rank; raised on those that it concerns as well."""
-
-
-_Told = tuple[bool, str] | None  # of an exception: whether it is a SettingError, and its text
 
 
 class Runtime:
@@ -157,69 +147,16 @@ class Runtime:
     def on_root(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and returns its result on all ranks; called by all ranks.
 
-        One small broadcast of the result, which must be picklable, or of how it failed.
-
-        Raises:
-            SettingError: On every rank, where rank 0 raised one.
-            RankError: On the other ranks, for any other exception of rank 0, which raises its own.
+        See `agreement.on_root`.
         """
-        value, error = _attempt(function) if self.is_root else (None, None)
-        value, told = self.communicator.broadcast_object((value, _told(error)))
-        if told is not None:
-            raise error or _of_another_rank(0, told)
-        return cast(T, value)
-
-    def restore(self, model: keras.Model, store: CheckpointStore) -> Checkpoint | None:
-        """Gives all ranks the newest whole checkpoint's weights and optimizer state.
-
-        Called by all ranks. Rank 0 reads it, once whatever their number, and broadcasts.
-
-        Args:
-            model: Built and compiled as it was when saved.
-            store: Where `StoreCheckpoint` saved.
-
-        Returns:
-            The checkpoint, or `None` if the store has no whole one; the model is then as before.
-        """
-        passed_over: list[str] = []
-
-        def load() -> Checkpoint | None:
-            weights.state_variables(model)  # builds the optimizer, whose state is there as well
-            with store.newest(lambda step, why: passed_over.append(f"{step}: {why}")) as found:
-                if found is not None:
-                    model.load_weights(os.path.join(found.folder, "model.weights.h5"))
-                    return found.checkpoint
-            return None
-
-        checkpoint = self.on_root(load)
-        if checkpoint is not None:
-            self.broadcast(model)
-            self.events.emit(
-                "restore",
-                epoch=checkpoint.epoch,
-                step=checkpoint.step,
-                rank=0,
-                path=checkpoint.url,
-                passed_over=passed_over,
-            )
-        return checkpoint
+        return agreement.on_root(self.communicator, function)
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Runs `function` on every rank and returns each rank's own result; called by all ranks.
+        """Runs `function` on every rank, where it may fail on one only; called by all ranks.
 
-        For what may fail on one rank only, such as importing a module: the ranks tell each other
-        how it went (one small collective) before any goes on.
-
-        Raises:
-            SettingError: On every rank, where the first rank that failed raised one.
-            RankError: On the ranks that did not fail themselves, for any other exception.
+        See `agreement.on_all`.
         """
-        value, error = _attempt(function)
-        everyone = self.communicator.allgather_object(_told(error))
-        failed = next((rank for rank, told in enumerate(everyone) if told is not None), None)
-        if failed is not None:
-            raise error or _of_another_rank(failed, everyone[failed])
-        return cast(T, value)
+        return agreement.on_all(self.communicator, function)
 
     def say(self, message: str) -> None:
         """Prints a line, on rank 0 only."""
@@ -322,19 +259,3 @@ def init(
     if communicator.size > 1:
         backends.abort_on_exception(communicator)
     return _default
-
-
-def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return function(), None
-    except Exception as error:  # noqa: BLE001 - raised by the caller, once all ranks know
-        return None, error
-
-
-def _told(error: Exception | None) -> _Told:
-    return None if error is None else (isinstance(error, SettingError), str(error))
-
-
-def _of_another_rank(rank: int, told: tuple[bool, str]) -> Exception:
-    is_setting, text = told
-    return SettingError(text) if is_setting else RankError(f"Rank {rank} failed: {text}")

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -16,9 +11,9 @@ import tensorflow as tf
 from orchestrator import callbacks as ours
 from orchestrator import runtime as runtimes
 from orchestrator import storage, weights
-from orchestrator.checkpoint import retention
-from orchestrator.config import SettingError, Settings, UserFunction, nearest
+from orchestrator.config import SettingError, Settings
 from orchestrator.events import RunDirectory
+from orchestrator.parts import Parts, call
 from orchestrator.runtime import Runtime
 
 
@@ -46,24 +41,6 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
             code = 2 if isinstance(error, SettingError) else 1
             directory.outcome(code, f"{type(error).__name__}: {error}", None, None)
         raise
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the settings name, found and checked on this rank; does not communicate."""
-
-    data: Callable[..., Any]
-    model: Callable[..., Any]
-    callbacks: list[Callable[[], Any]]
-
-    @classmethod
-    def of(cls, settings: Settings) -> Parts:
-        """Imports the user's functions and checks the callbacks' arguments."""
-        return cls(
-            imported("data.factory", settings.data.factory),
-            imported("model.factory", settings.model.factory),
-            [_callback(entry, settings.run.dir) for entry in settings.callbacks],
-        )
 
 
 def _train(
@@ -96,7 +73,7 @@ def _train(
         verbose=2 if runtime.is_root else 0,
         callbacks=[
             *made,
-            *_checkpoints(settings),
+            *parts.checkpoints,
             ours.CSVLogger(storage.join(settings.run.dir, "history.csv")),
         ],
     )
@@ -104,31 +81,6 @@ def _train(
     restored = stopper.restored_epoch if stopper else None
     _finish(settings, runtime, history, directory, restored)
     return history
-
-
-def _checkpoints(settings: Settings) -> list[keras.callbacks.Callback]:
-    """The callback that saves to the store, where the settings ask for one."""
-    asked = settings.checkpoint
-    save: list[retention.Save] = []
-    save += [retention.EveryEpochs(asked.every_epochs)] if asked.every_epochs else []
-    save += [retention.EverySteps(asked.every_steps)] if asked.every_steps else []
-    save += [retention.EveryMinutes(asked.every_minutes)] if asked.every_minutes else []
-    keep: list[retention.Keep] = []
-    keep += [retention.Last(asked.keep_last)] if asked.keep_last else []
-    keep += [retention.Multiples(asked.keep_every)] if asked.keep_every else []
-    if asked.keep_best:
-        keep.append(retention.Best(asked.monitor, asked.mode, asked.keep_best))
-    if not save:
-        return []
-    return [
-        ours.StoreCheckpoint(
-            asked.url or storage.join(settings.run.dir, "checkpoints"),
-            save=save,
-            keep=keep,
-            background=asked.background,
-            when_busy=asked.when_busy,
-        )
-    ]
 
 
 def start(settings: Settings) -> Runtime:
@@ -155,35 +107,10 @@ def check_batch(size: int, runtime: Runtime) -> None:
         )
 
 
-def imported(key: str, path: str) -> Callable[..., Any]:
-    """The user's function behind `package.module:function`, or `SettingError`."""
-    module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            f"{key}={path}: there is no module {error.name!r}. It is looked for in the working "
-            f"directory ({os.getcwd()}), beside the script, and among installed packages."
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [
-            name
-            for name, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module_name
-        ]
-        raise SettingError(
-            f"{key}={path}: {module_name} has no function {name!r}.{nearest(name, names)}"
-        )
-    return function
-
-
 def _load(settings: Settings, runtime: Runtime, load_data: Callable[..., Any]) -> tuple[Any, Any]:
     """The user's training and validation data, the latter perhaps `None`."""
     given = {"global_batch_size": settings.train.global_batch_size, "seed": runtime.seed}
-    loaded = _call("data", settings.data, load_data, **given)
+    loaded = call("data", settings.data, load_data, **given)
     if not isinstance(loaded, tuple) or len(loaded) != 2:
         raise SettingError(
             f"data.factory={settings.data.factory} must return (training, validation), "
@@ -212,60 +139,15 @@ def _order(settings: Settings, loaded: Any, shuffle: bool = False) -> dict[str, 
     return {"batch_size": settings.train.global_batch_size, "shuffle": shuffle}
 
 
-def _call(section: str, user: UserFunction, function: Callable[..., Any], **given: Any) -> Any:
-    """Calls a function of the user's with what is given and its own options."""
-    for name in user.options:
-        if name in given:
-            raise SettingError(
-                f"{section}.options.{name} is not allowed: {name} is given to {user.factory} "
-                "already, from run.seed and train.global_batch_size."
-            )
-    arguments = {**given, **user.options}
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        raise SettingError(
-            f"{section}.factory={user.factory} is called with "
-            f"{', '.join(arguments) or 'no arguments'}, and does not take them: {error}."
-        ) from None
-    return function(**arguments)
-
-
 def _build(settings: Settings, build_model: Callable[..., Any]) -> keras.Model:
     """The user's compiled model."""
-    model = _call("model", settings.model, build_model)
+    model = call("model", settings.model, build_model)
     if not isinstance(model, keras.Model) or getattr(model, "optimizer", None) is None:
         raise SettingError(
             f"model.factory={settings.model.factory} must return a compiled keras.Model, got "
             f"{model!r}. Call model.compile(optimizer=..., loss=...) in it."
         )
     return model
-
-
-def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any]:
-    """A checked entry of `callbacks`, to be made once the model is there."""
-    names = [name for name in ours.__all__ if name not in ("GlobalMetrics", "StoreCheckpoint")]
-    if len(entry) != 1:
-        raise SettingError(f"callbacks: each entry is one name with its arguments, got {entry}.")
-    ((name, arguments),) = entry.items()
-    if name not in names:
-        raise SettingError(f"callbacks: there is no {name!r}.{nearest(name, names)}")
-    kind = getattr(ours, name)
-    allowed = list(inspect.signature(kind.__init__).parameters)[1:]
-    for argument in arguments:
-        if argument not in allowed:
-            raise SettingError(
-                f"callbacks: {name} takes no {argument!r}.{nearest(argument, allowed)}"
-            )
-    arguments = dict(arguments)
-    for key in ("filepath", "filename"):
-        if key in arguments:
-            arguments[key] = storage.join(folder, str(arguments[key]))
-    try:
-        kind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"callbacks: {name}({arguments}): {error}") from None
-    return lambda: kind(**arguments)
 
 
 def _open(settings: Settings, runtime: Runtime) -> RunDirectory | None:

@@ -79,13 +79,17 @@ def model_of(*own, **options) -> keras.Model:
     """y = x, with `watch.step` around its steps as on many ranks."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
     model.compile("sgd", "mse", metrics=list(own), **options)
+    return watched(model)
+
+
+def watched(model: keras.Model) -> keras.Model:
     step = model.test_step
 
-    def watched(data):
+    def test_step(data):
         with watch.step(model, tf.shape(data[0])[0]):
             return step(data)
 
-    model.test_step = watched
+    model.test_step = test_step
     return model
 
 
@@ -109,7 +113,9 @@ PARTS = [[0.5, 1.0, 2.0, 0.25, 3.0], [1.5, 2.5]]
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_sum_that_does_not_add_up_is_refused(name, eager):
-    make = lambda: model_of(Own(CHANGES[name]), run_eagerly=eager)  # noqa: E731
+    def make():
+        return model_of(Own(CHANGES[name]), run_eagerly=eager)
+
     with pytest.raises(ValueError, match=r"(?s)'own' of class Own.*'own/state'.*def merge_state"):
         evaluate_on_ranks(make, PARTS)
 
@@ -161,13 +167,17 @@ def test_the_check_ends_once_all_variables_have_changed():
 
 
 def test_what_starts_elsewhere_than_at_zero_is_refused():
-    make = lambda: model_of(Own(SUMS["sum"], start=1.5))  # noqa: E731
+    def make():
+        return model_of(Own(SUMS["sum"], start=1.5))
+
     with pytest.raises(ValueError, match=r"after reset_state\(\) it is 1\.5, not 0"):
         evaluate_on_ranks(make, PARTS)
 
 
 def test_a_declared_mean_is_believed():
-    make = lambda: model_of(Own(CHANGES["last"], start=1.0, aggregation="mean"))  # noqa: E731
+    def make():
+        return model_of(Own(CHANGES["last"], start=1.0, aggregation="mean"))
+
     ours, _ = evaluate_on_ranks(make, [[1.0], [4.0]])
     assert ours["own"] == 2.5
 
@@ -287,14 +297,7 @@ def test_means_of_batches_count_by_their_samples():
         outputs = [keras.layers.Dense(1, name=n, kernel_initializer="ones")(x) for n in "ab"]
         model = keras.Model(x, outputs)
         model.compile("sgd", ["mse", "mae"], metrics=[[scalar_error], []])
-        step = model.test_step
-
-        def watched(data):
-            with watch.step(model, tf.shape(data[0])[0]):
-                return step(data)
-
-        model.test_step = watched
-        return model
+        return watched(model)
 
     def rank_main(communicator):
         model = make()

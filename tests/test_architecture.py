@@ -37,10 +37,13 @@ LAYERS = {
     "events": 2,
     "steps": 2,
     "backends": 2,
+    "agreement": 2,
     "checkpoint.*": 2,
     "runtime": 3,
     "evaluation": 3,
+    "restoring": 3,
     "callbacks.*": 4,
+    "parts": 5,
     "training": 5,
     "cli": 6,
 }

@@ -15,9 +15,10 @@ import tensorflow as tf
 import orchestrator
 from orchestrator import SettingError
 from orchestrator import runtime as runtimes
+from orchestrator.agreement import RankError
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.optimizer import is_distributed
-from orchestrator.runtime import RankError, Runtime, current
+from orchestrator.runtime import Runtime, current
 from tests.fakes import FakeCommunicator
 
 LAUNCHERS = ["HOROVOD_RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"]

@@ -20,8 +20,9 @@ from launch.train import main
 from orchestrator import SettingError, config, runtime, storage
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.communicators.single import SingleCommunicator
+from orchestrator.parts import imported
 from orchestrator.runtime import Runtime
-from orchestrator.training import check_batch, imported
+from orchestrator.training import check_batch
 from tests.fakes import FakeCommunicator
 
 ROOT = Path(__file__).resolve().parents[1]

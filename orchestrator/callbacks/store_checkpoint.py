@@ -12,6 +12,7 @@ import numpy as np
 
 from orchestrator import runtime as runtimes
 from orchestrator.callbacks.global_metrics import insert_first
+from orchestrator.checkpoint.layout import WEIGHTS
 from orchestrator.checkpoint.retention import EveryEpochs, Keep, Moment, Save
 from orchestrator.checkpoint.state import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
@@ -19,7 +20,7 @@ from orchestrator.checkpoint.writer import Writer
 from orchestrator.optimizer import calls
 from orchestrator.weights import state_variables
 
-WEIGHTS = "model.weights.h5"
+_EACH_EPOCH = EveryEpochs(1)
 
 
 class StoreCheckpoint(keras.callbacks.Callback):
@@ -50,7 +51,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
         self,
         store: CheckpointStore | str,
         *,
-        save: Save | Iterable[Save] = EveryEpochs(1),  # noqa: B008 - frozen
+        save: Save | Iterable[Save] = _EACH_EPOCH,
         keep: Iterable[Keep] = (),
         background: bool = True,
         when_busy: Literal["wait", "replace"] = "wait",

@@ -18,6 +18,7 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
+WEIGHTS = "model.weights.h5"  # in a checkpoint, as in a .keras archive
 _KINDS = ("Operation", "Layer", "Functional", "Sequential", "Metric", "Optimizer", "Loss")
 _KINDS += ("Cross", "Feature")
 

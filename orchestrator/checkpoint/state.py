@@ -94,7 +94,7 @@ class Snapshot:
         ):
             for name, text in layout.config(self._model).items():
                 archive.writestr(name, text)
-            with archive.open("model.weights.h5", "w", force_zip64=True) as member:
+            with archive.open(layout.WEIGHTS, "w", force_zip64=True) as member:
                 for piece in pieces:
                     member.write(cast(bytes, piece))
             layout.write_assets(self._model, archive)

@@ -11,8 +11,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 Buffer = TypeVar("Buffer")
 Say = Callable[[str], None]
@@ -158,12 +157,7 @@ class Writer(Generic[Buffer]):
     def __enter__(self) -> Writer[Buffer]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self.close()
         except Exception as own:

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import pytest
 
+from orchestrator.agreement import RankError
 from orchestrator.callbacks import CSVLogger, ReduceLROnPlateau
-from orchestrator.runtime import RankError, Runtime
+from orchestrator.runtime import Runtime
 from tests.callbacks.models import Script, fit, make
 from tests.fakes import FakeCommunicator
 

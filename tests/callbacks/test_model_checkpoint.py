@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from orchestrator import SettingError
+from orchestrator.agreement import RankError
 from orchestrator.callbacks import ModelCheckpoint
 from orchestrator.checkpoint.best import recall
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.optimizer import distribute
-from orchestrator.runtime import RankError, Runtime
+from orchestrator.runtime import Runtime
 from tests.callbacks.models import Script, X, Y, fit, make
 from tests.fakes import FakeCommunicator, Recorder
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+import orchestrator
 from orchestrator import callbacks
 from orchestrator.checkpoint.retention import Best, EveryEpochs, EveryMinutes, EverySteps, Last
 from orchestrator.checkpoint.store import CheckpointStore
@@ -156,7 +157,8 @@ def test_restore(url):
     fit(model, callbacks.StoreCheckpoint(url), epochs=3)
     fresh, runtime = make(), Runtime(SingleCommunicator())
     runtime.events = recorder = Recorder()
-    checkpoint = runtime.restore(fresh, CheckpointStore(url))
+    with runtime.use():
+        checkpoint = orchestrator.restore(fresh, url)
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.epoch) == (9, 2)
     ours = [*fresh.weights, *fresh.optimizer.variables]
@@ -170,6 +172,6 @@ def test_restore(url):
 def test_restore_from_nothing(url):
     model = make()
     before = model.get_weights()
-    assert Runtime(SingleCommunicator()).restore(model, CheckpointStore(url)) is None
+    assert orchestrator.restore(model, CheckpointStore(url)) is None
     for one, two in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(one, two)

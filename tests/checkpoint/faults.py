@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,14 +31,11 @@ from tests.checkpoint import servers
 from tests.checkpoint.proxy import Fault
 from tests.checkpoint.targets import LocalTarget, RemoteTarget, Target, expected, files
 from tests.checkpoint.victim import PART, Nursery, nursery
+from tests.disks import NotHereError, small_disk
 
 PLACES = ("local", "s3", "gcs")
 SIZE = 2 * PART + 123456  # three parts
 PATIENT = Retry(budget=60, first=0.1, cap=2)
-
-
-class NotHereError(Exception):
-    """The cell cannot be run on this machine, or makes no sense in this place; says why."""
 
 
 @dataclass
@@ -196,22 +192,6 @@ def other_manifest(target: Target, step: int, rng: random.Random) -> None:
         other = LocalTarget(Path(folder))
         other.store().save(files(step, rng.randrange(1, 5000)), step=step)
         target.put(f"step-{step:010d}/manifest.json", other.read(f"step-{step:010d}/manifest.json"))
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A tmpfs of so many bytes at a folder."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, timeout=10)
-    except FileNotFoundError:
-        raise NotHereError("there is no mount command") from None
-    if mounted.returncode:
-        raise NotHereError(f"nothing can be mounted: {mounted.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=10)
 
 
 def full(target: Target, rng: random.Random, n: int, forks: Nursery) -> Outcome:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from tests import disks
 from tests.checkpoint import faults, victim
 from tests.checkpoint.conftest import make_target
 
@@ -33,7 +34,7 @@ def test_sample(row, place, forks, tmp_path, started):
     seed = os.environ.get("ORCHESTRATOR_FAULT_SEED", "0")
     try:
         outcome = cell.cell(target, random.Random(f"{seed} {row} {place}"), cell.short, forks)
-    except faults.NotHereError as reason:
+    except disks.NotHereError as reason:
         pytest.skip(str(reason))
     finally:
         target.close()

@@ -9,13 +9,12 @@ import keras
 import numpy as np
 import pytest
 
+import orchestrator
 from orchestrator import callbacks, storage
 from orchestrator.checkpoint.best import recall
 from orchestrator.checkpoint.retention import Last
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import SettingError
-from orchestrator.runtime import Runtime
 from tests.callbacks.models import Script, X, fit, make
 from tests.checkpoint import servers
 from tests.checkpoint.conftest import make_target
@@ -62,7 +61,7 @@ def test_store_checkpoint_and_restore(url):
     fit(model, callbacks.StoreCheckpoint(url, keep=[Last(2)]), epochs=4)
     assert [one.step for one in CheckpointStore(url).list()] == [9, 12]
     fresh = make()
-    checkpoint = Runtime(SingleCommunicator()).restore(fresh, CheckpointStore(url))
+    checkpoint = orchestrator.restore(fresh, url)
     assert checkpoint is not None
     assert checkpoint.step == 12
     ours = [*fresh.weights, *fresh.optimizer.variables]

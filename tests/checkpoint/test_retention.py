@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import pytest
 
@@ -110,4 +111,4 @@ def test_n_is_positive(kind, n):
 
 def test_a_wrong_mode():
     with pytest.raises(ValueError, match="'min' or 'max'"):
-        Best("loss", "less")  # type: ignore
+        Best("loss", cast(Any, "less"))

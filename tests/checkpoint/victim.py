@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -84,7 +85,7 @@ def watch(points: Points, place: Any) -> None:
     if isinstance(place, local.LocalPlace):
         for name in ("fsync", "link", "unlink", "rmdir", "makedirs"):
             setattr(os, name, points.around(getattr(os, name), lambda *_, n=name, **__: n))
-        place.commit = points.around(place.commit, lambda *_: "commit")  # type: ignore
+        vars(place)["commit"] = points.around(place.commit, lambda *_: "commit")
         return
     fs: Any = place.fs
     if hasattr(fs, "_call_s3"):
@@ -186,9 +187,8 @@ def nursery() -> Iterator[Nursery]:
 def main() -> None:
     """Forks once a line."""
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    import gcsfs  # noqa: F401
-    import s3fs  # noqa: F401
-
+    for client in ("gcsfs", "s3fs"):
+        importlib.import_module(client)  # once, not in every fork
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -5,6 +5,7 @@ python -m tests.distributed.mirrored FILE REPLICAS
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -38,30 +39,23 @@ def tagger(runtime: Runtime, loss: Any) -> keras.Model:
     return model
 
 
-def tokens(count: int) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(1)
-    x = generator.integers(1, 20, (count, 6))
-    x[np.arange(6) >= generator.integers(1, 7, (count, 1))] = 0
-    return x, generator.standard_normal((count, 6, 1)).astype("float32")
-
-
 def weighted(count: int) -> tuple[np.ndarray, ...]:
     return (*problems.digits(count), np.linspace(0, 2, count, dtype="float32"))
 
 
-SGD = lambda: keras.optimizers.SGD(0.1, momentum=0.9)  # noqa: E731
-ADAM = lambda: keras.optimizers.Adam(1e-2, global_clipnorm=0.5)  # noqa: E731
-ACCUMULATING = lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)  # noqa: E731
+SGD = functools.partial(keras.optimizers.SGD, 0.1, momentum=0.9)
+ADAM = functools.partial(keras.optimizers.Adam, 1e-2, global_clipnorm=0.5)
+ACCUMULATING = functools.partial(keras.optimizers.SGD, 0.1, gradient_accumulation_steps=2)
 # name: (model for a runtime, data); batches of 16: partial, of one sample, all smaller than that
 CASES: dict[str, Any] = {
     "partial last batch": (lambda r: classifier(r, SGD), problems.digits(45)),
     "last batch of one sample": (lambda r: classifier(r, ADAM), problems.digits(33)),
     "one batch, of three samples": (lambda r: classifier(r, SGD), problems.digits(3)),
     "sample weights": (lambda r: classifier(r, SGD), weighted(45)),
-    "mask": (lambda r: tagger(r, "mse"), tokens(45)),
+    "mask": (lambda r: tagger(r, "mse"), problems.tokens(45)),
     "a sum": (
         lambda r: tagger(r, keras.losses.MeanAbsoluteError(reduction="sum")),
-        tokens(33),
+        problems.tokens(33),
     ),
 }
 

@@ -46,6 +46,14 @@ def points(targets: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.ones_like(y), y
 
 
+def tokens(count: int = 53, length: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences of tokens, padded with zeros to very different lengths, and a target a token."""
+    generator = np.random.default_rng(1)
+    x = generator.integers(1, 20, (count, length))
+    x[np.arange(length) >= generator.integers(1, length + 1, (count, 1))] = 0
+    return x, generator.standard_normal((count, length, 1)).astype("float32")
+
+
 def alone() -> Runtime:
     """A runtime of one process, for the reference on the same machine."""
     return Runtime(SingleCommunicator())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
+import pytest
 import tensorflow as tf
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -52,13 +53,24 @@ def alike(ours: Any, theirs: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def refused_on_all(size: int, data: Any, message: str) -> None:
+    """`shard` refuses the data on every rank with this message, and no rank waits for another."""
+
+    def told(communicator: threads.ThreadCommunicator) -> list[Any]:
+        with pytest.raises(ValueError, match=message):
+            shard(data, communicator, batch_size=2)
+        return communicator.allgather_object("alive")
+
+    assert threads.run(size, told) == [["alive"] * size] * size
+
+
 class CountedFileSystem(MemoryFileSystem):
     """Files in memory, at `counted://`; `read` holds the bytes of each reading."""
 
     protocol = "counted"
-    store: dict[str, Any] = {}  # noqa: RUF012 - all instances share one, as in the base class
-    pseudo_dirs = [""]  # noqa: RUF012
-    read: list[int] = []  # noqa: RUF012
+    store: ClassVar[dict[str, Any]] = {}  # all instances share one, as in the base class
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    read: ClassVar[list[int]] = []
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from orchestrator import NpzFiles
-from orchestrator.data import shard
-from tests.distributed import threads
 from tests.sources.parts import (
     CountedFileSystem,
     alike,
@@ -19,6 +17,7 @@ from tests.sources.parts import (
     datasets,
     global_batches,
     put_together,
+    refused_on_all,
 )
 
 LENGTHS = [5, 0, 7, 1]
@@ -172,13 +171,7 @@ def wider(arrays):
 )
 def test_arrays_that_do_not_fit(tmp_path, change, message):
     paths, _ = write(tmp_path, [4, 4], change=change)
-
-    def told(communicator):
-        with pytest.raises(ValueError, match=message):
-            shard(NpzFiles(paths), communicator, batch_size=2)
-        return communicator.allgather_object("alive")
-
-    assert threads.run(2, told) == [["alive"] * 2] * 2
+    refused_on_all(2, NpzFiles(paths), message)
 
 
 def test_a_name_or_a_file_that_is_none(tmp_path):

@@ -20,6 +20,7 @@ from tests.sources.parts import (
     datasets,
     global_batches,
     put_together,
+    refused_on_all,
 )
 
 LENGTHS = [5, 0, 7, 1]  # records a file; one is empty
@@ -153,13 +154,7 @@ def compress(path: str) -> None:
 def test_a_file_that_is_none_is_an_error_on_all_ranks(tmp_path, damage, message):
     paths = write(tmp_path, LENGTHS)
     damage(paths[2])
-
-    def told(communicator):
-        with pytest.raises(ValueError, match=message):
-            shard(TFRecordFiles(paths), communicator, batch_size=2)
-        return communicator.allgather_object("alive")
-
-    assert threads.run(3, told) == [["alive"] * 3] * 3
+    refused_on_all(3, TFRecordFiles(paths), message)
 
 
 def test_a_file_that_is_missing_is_an_error_on_all_ranks(tmp_path):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from orchestrator import callbacks
+from orchestrator.agreement import RankError
 from orchestrator.config import SettingError
-from orchestrator.runtime import RankError
 from tests.distributed import problems
+from tests.distributed.rank_plugin import once, three
 
 
 def fit_line(runtime, targets, ours, epochs, rate=0.05):
@@ -114,7 +115,13 @@ def check_restored(communicator, model, recorder, best_epoch):
     assert all(weights == root for weights in ours)
 
 
-@pytest.mark.parametrize("how", ["stops", "another stops", "last is best", "runs out"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "stops",
+        *(pytest.param(h, marks=once) for h in ("another stops", "last is best", "runs out")),
+    ],
+)
 def test_best_weights_are_restored_everywhere(runtime, communicator, how):
     # Accuracy watched with "min" makes an early epoch the best; the loss always falls.
     recorder = problems.Weights()
@@ -191,6 +198,7 @@ def test_only_rank_0_writes(runtime, communicator, shared_path, writes, suffix, 
         assert problems.bits(saved.get_weights()) == root
 
 
+@three
 def test_the_saved_model_loads_on_every_rank_without_us(runtime, communicator, shared_path):
     path = shared_path / "best.keras"
     saver = callbacks.ModelCheckpoint(str(path), monitor="val_loss", save_best_only=True)
@@ -204,6 +212,7 @@ def test_the_saved_model_loads_on_every_rank_without_us(runtime, communicator, s
     assert np.isfinite(loaded.fit(x, y, verbose=0).history["loss"]).all()
 
 
+@three
 def test_a_failed_save_is_raised_everywhere(runtime, communicator, shared_path):
     target = shared_path / "model.keras"
     if runtime.is_root:
@@ -215,6 +224,7 @@ def test_a_failed_save_is_raised_everywhere(runtime, communicator, shared_path):
     assert [path.name for path in shared_path.rglob("*")] == ["model.keras"]
 
 
+@three
 def test_a_target_that_cannot_be_written_is_known_before_training(
     runtime, communicator, shared_path
 ):
@@ -229,6 +239,7 @@ def test_a_target_that_cannot_be_written_is_known_before_training(
     assert [path.name for path in shared_path.rglob("*")] == ["file"]
 
 
+@three
 def test_a_template_with_an_unknown_metric_is_a_setting_error_everywhere(
     runtime, communicator, shared_path
 ):

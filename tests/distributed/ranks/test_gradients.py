@@ -38,14 +38,6 @@ def difference(runtime, build, data, **options):
     return problems.worst(ours, communicator.broadcast_object(theirs))
 
 
-def tokens(count=53, length=6):
-    """Sequences of tokens, padded with zeros to very different lengths, and a target a token."""
-    generator = np.random.default_rng(1)
-    x = generator.integers(1, 20, (count, length))
-    x[np.arange(length) >= generator.integers(1, length + 1, (count, 1))] = 0
-    return x, generator.standard_normal((count, length, 1)).astype("float32")
-
-
 class Positions(keras.layers.Layer):
     """Adds a learned row for each place in a sequence: the same six rows for every sample."""
 
@@ -92,7 +84,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_divided_by_other_numbers(runtime, note, name):
     loss, mask, weighted = LOSSES[name]
-    x, y = tokens()
+    x, y = problems.tokens()
     importance = np.linspace(0, 2, x.size, dtype="float32").reshape(x.shape)
     data = (x, y, importance) if weighted else (x, y)
     rate = 0.002 if "sum" in name else 0.5
@@ -109,7 +101,7 @@ def test_losses_divided_by_other_numbers(runtime, note, name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_such_losses_are_reported_as_by_one_process(runtime, communicator, note, name):
     loss, mask, weighted = LOSSES[name]
-    x, y = tokens(49)  # the last batch has one sample
+    x, y = problems.tokens(49)  # the last batch has one sample
     importance = np.linspace(0, 2, x.size, dtype="float32").reshape(x.shape)
     data = (x, y, importance) if weighted else (x, y)
 
@@ -145,7 +137,7 @@ def two_outputs(runtime, second):
 @once
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
 def test_losses_divided_by_two_numbers_are_refused(runtime, reduction):
-    x, y = tokens()
+    x, y = problems.tokens()
     model = two_outputs(runtime, keras.losses.MeanSquaredError(reduction=reduction))
     runtime.broadcast(model)
     data = runtime.shard((x, (y, y[:, 0])), batch_size=16)
@@ -173,7 +165,7 @@ def test_embeddings_are_reduced_by_rows(runtime, note, kind, positions, monkeypa
         optimizer = getattr(keras.optimizers, kind)(0.1)
         return tagger(runtime, "mse", mask=False, optimizer=optimizer, positions=positions)
 
-    worst = difference(runtime, build, tokens())
+    worst = difference(runtime, build, problems.tokens())
     note(f"weights, embedding by {kind}{', and of positions' * positions}", worst)
     assert worst <= 1e-6
     if lengths:

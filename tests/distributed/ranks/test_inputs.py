@@ -17,7 +17,7 @@ from orchestrator import NpzFiles, TFRecordFiles, callbacks
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.runtime import Runtime
 from tests.distributed import problems
-from tests.distributed.rank_plugin import SIZE
+from tests.distributed.rank_plugin import once, three
 
 # 3 x 64 + 1: uneven parts, and in the last step all ranks but one are empty.
 COUNT, BATCH = 193, 64
@@ -119,10 +119,6 @@ def as_alone(runtime, communicator, note, name, ours, reference):
         np.testing.assert_allclose(ours[1][key], values, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-# All at 3 ranks; elsewhere one of each kind: by index, by record, by batch.
-CHOSEN = [*SOURCES] if SIZE == 3 else ["pandas", "tfrecord", "py-dataset"]
-
-
 @functools.cache
 def in_memory(shuffle: bool, seed: int) -> Any:
     """What one process gets from the same samples as arrays."""
@@ -130,7 +126,8 @@ def in_memory(shuffle: bool, seed: int) -> Any:
     return trained(alone, alone.shard(problems.digits(COUNT), batch_size=BATCH, shuffle=shuffle))
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@three
+@pytest.mark.parametrize("name", SOURCES)
 def test_a_source_trains_as_one_process_does(runtime, communicator, note, shared_path, name):
     arrays = problems.digits(COUNT)
     write, make, shuffle = SOURCES[name]
@@ -155,6 +152,7 @@ def by_keras(arrays, **options):
     return model.get_weights(), history
 
 
+@once
 def test_class_weight(runtime, communicator, note):
     arrays = problems.digits(COUNT)
     weights = {digit: 0.2 + digit / 3 for digit in range(10)}
@@ -170,6 +168,7 @@ def test_class_weight(runtime, communicator, note):
     )
 
 
+@once
 def test_validation_split_and_freq(runtime, communicator, note):
     arrays = problems.digits(COUNT)
     training, validation = runtime.shard(arrays, batch_size=BATCH, validation_split=0.3)
@@ -185,6 +184,7 @@ def test_validation_split_and_freq(runtime, communicator, note):
     )
 
 
+@once
 def test_steps_per_epoch_and_validation_steps(runtime, communicator, note):
     """The second epoch goes on where the first one stopped, and so does the validation."""
     arrays, held = problems.digits(COUNT), problems.digits(COUNT, 300)
@@ -209,6 +209,7 @@ def bytes_read() -> int:
     return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
 
+@three
 @pytest.mark.parametrize("kind", ["tfrecord", "npz"])
 def test_a_rank_reads_its_part_of_the_bytes(runtime, communicator, note, shared_path, kind):
     def write():

@@ -13,7 +13,7 @@ from orchestrator import callbacks, metrics
 from orchestrator.runtime import Runtime
 from tests import metric_cases
 from tests.distributed import problems
-from tests.distributed.rank_plugin import several, three
+from tests.distributed.rank_plugin import once, several, three
 
 METRICS = {
     "accuracy": lambda: keras.metrics.CategoricalAccuracy(name="accuracy"),
@@ -47,7 +47,7 @@ def names(history, prefix):
     return validation if prefix else {n: v for n, v in last.items() if not n.startswith("val_")}
 
 
-@pytest.mark.parametrize("count", [101, 1])
+@pytest.mark.parametrize("count", [101, pytest.param(1, marks=three)])
 def test_fit_reports_global_metrics(runtime, communicator, count):
     training, validation = problems.digits(193, one_hot=True), problems.digits(count, 200, True)
     model = compiled(runtime)
@@ -66,7 +66,7 @@ def test_fit_reports_global_metrics(runtime, communicator, count):
     assert all(h == history for h in communicator.allgather_object(history))
 
 
-@pytest.mark.parametrize("count", [101, 1])
+@pytest.mark.parametrize("count", [101, pytest.param(1, marks=three)])
 def test_evaluate_equals_one_process(runtime, communicator, count):
     x, y = problems.digits(count, one_hot=True)
     model = compiled(runtime)
@@ -79,7 +79,9 @@ def test_evaluate_equals_one_process(runtime, communicator, count):
 
 
 @several
-@pytest.mark.parametrize(("chosen", "buckets"), [(["accuracy"], 3), ([*METRICS], 1)])
+@pytest.mark.parametrize(
+    ("chosen", "buckets"), [pytest.param(["accuracy"], 3, marks=three), ([*METRICS], 1)]
+)
 def test_collectives_are_counted(runtime, communicator, chosen, buckets, monkeypatch):
     counting: Any = problems.Counting(communicator)
     sums = []
@@ -212,7 +214,7 @@ def test_a_model_of_several_outputs_equals_one_process(runtime, note):
 
 
 @several
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=once)])
 def test_metrics_built_in_a_step_without_samples(runtime, eager):
     """The first batch that a rank sees has nothing for it."""
     x, y = problems.digits(1, one_hot=True)
@@ -226,7 +228,7 @@ def test_metrics_built_in_a_step_without_samples(runtime, eager):
     close(*results)
 
 
-@several
+@three
 def test_a_metric_that_does_not_add_up_is_refused_on_all_ranks(runtime, communicator):
     x, y = problems.digits(8, one_hot=True)
     model = problems.mlp(8)

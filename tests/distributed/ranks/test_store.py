@@ -10,10 +10,11 @@ import keras
 import numpy as np
 import pytest
 
+import orchestrator
 from orchestrator import callbacks
+from orchestrator.agreement import RankError
 from orchestrator.checkpoint.retention import EveryMinutes, EverySteps
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.runtime import RankError
 from tests.distributed import problems
 from tests.distributed.rank_plugin import once
 
@@ -56,7 +57,7 @@ def test_one_rank_writes_and_one_reads(runtime, communicator, shared_path):
     writers = communicator.allgather_object(saver._writer._thread is not None)
     assert writers == [rank == 0 for rank in range(runtime.size)]
     again = compiled(runtime, seed=5 + runtime.rank)
-    checkpoint = runtime.restore(again, store)
+    checkpoint = orchestrator.restore(again, store)
     assert checkpoint is not None
     assert checkpoint.step == 8
     state = [v.numpy() for v in [*again.weights, *again.optimizer.variables]]
@@ -125,7 +126,7 @@ def test_the_newest_whole_one_is_restored(runtime, communicator, shared_path):
         newest = max(shared_path.glob("store/step-*"))
         (weights,) = newest.rglob("model.weights.h5")
         os.truncate(weights, weights.stat().st_size - 1)
-    checkpoint = runtime.restore(compiled(runtime), CheckpointStore(str(shared_path / "store")))
+    checkpoint = orchestrator.restore(compiled(runtime), str(shared_path / "store"))
     assert checkpoint is not None
     assert checkpoint.step == 10
     assert np.isfinite(checkpoint.metrics["loss"])

@@ -10,7 +10,7 @@ from orchestrator import callbacks, weights
 from orchestrator.runtime import Runtime
 from orchestrator.steps import DivergedError
 from tests.distributed import problems
-from tests.distributed.rank_plugin import SIZE, several
+from tests.distributed.rank_plugin import SIZE, three
 
 
 def unlike(rank):
@@ -65,6 +65,7 @@ def test_broadcast_sets_seeds_apart_reproducibly(runtime, communicator):
         assert len({tuple(rank[generator]) for rank in states[0]}) == runtime.size
 
 
+@three
 def test_broadcast_waits_until_a_model_is_built(runtime, communicator):
     keras.utils.set_random_seed(runtime.rank)
     model = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
@@ -95,7 +96,7 @@ def message_everywhere(communicator, kind, function):
     return messages[0]
 
 
-@several
+@three
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_an_optimizer_not_distributed_is_found(runtime, communicator, broadcast):
     sgd = keras.optimizers.SGD(0.1)
@@ -106,7 +107,7 @@ def test_an_optimizer_not_distributed_is_found(runtime, communicator, broadcast)
     assert "runtime.distribute(optimizer)" in message
 
 
-@several
+@three
 def test_unlike_initial_weights_are_found(runtime, communicator):
     sgd = runtime.distribute(keras.optimizers.SGD(0.1))
     message = message_everywhere(
@@ -118,7 +119,7 @@ def test_unlike_initial_weights_are_found(runtime, communicator):
     assert "runtime.broadcast(model)" in message
 
 
-@several
+@three
 def test_distribute_alone_says_what_is_missing(runtime, communicator):
     sgd = runtime.distribute(keras.optimizers.SGD(0.1))
     message = message_everywhere(
@@ -129,6 +130,7 @@ def test_distribute_alone_says_what_is_missing(runtime, communicator):
     assert "runtime.broadcast(model)" in message
 
 
+@three
 def test_alike_ranks_pass_the_self_test(runtime):
     fit(runtime, runtime.distribute(keras.optimizers.SGD(0.1)), seed=1, broadcast=True)
 
@@ -184,6 +186,7 @@ def test_weights_equal_the_single_process(runtime, communicator, note, name, buc
     assert difference <= (0 if runtime.size == 1 else 1e-6)
 
 
+@three
 def test_a_model_in_double_precision_is_exact(runtime, note):
     # Its gradients and the sample count have two dtypes in one bucket.
     def train(runtime):
@@ -202,6 +205,7 @@ def test_a_model_in_double_precision_is_exact(runtime, note):
     assert difference <= 1e-6
 
 
+@three
 def test_sample_weights_and_regularizers_are_exact(runtime, communicator, note):
     x, y = problems.digits(293)
     importance = np.linspace(0, 2, len(x), dtype="float32")
