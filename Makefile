@@ -57,7 +57,7 @@ check: setup
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/pyright
-	@$(BIN)/python -m pytest -q -m "not distributed and not slow"
+	@$(BIN)/python -m pytest -q -m "not distributed and not slow and not servers"
 
 bench: setup
 	@$(BIN)/python benchmarks/run.py $(ARGS)
