@@ -39,7 +39,10 @@ DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line, trains, and gives the exit code: 0, or 2 for bad settings."""
+    """Parses the command line, trains, and gives the exit code.
+
+    0; 2 for bad settings; 75 for a preempted run, to be started again; 1 for anything else.
+    """
     parser = argparse.ArgumentParser(description="Train a Keras model on any number of ranks.")
     parser.add_argument("--config", default=DIGITS, help=f"settings file (default: {DIGITS})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="train.epochs=5")
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     _import_tensorflow()
     from orchestrator.backends import launched_rank
     from orchestrator.config import SettingError, load
+    from orchestrator.preemption import EXIT_CODE, Preempted
     from orchestrator.training import start, train
 
     runtime = None
@@ -59,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         if launched_rank() == 0:
             print(f"Settings error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Preempted as preempted:
+        if launched_rank() == 0:
+            print(preempted, file=sys.stderr, flush=True)
+        return EXIT_CODE
     except Exception:  # noqa: BLE001 - printed, and turned into the exit code
         traceback.print_exc()
         if runtime is not None:

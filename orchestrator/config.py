@@ -33,6 +33,14 @@ class Run(_Section):
         backend: `auto` (default), `horovod`, `mpi`, `mirrored` or `single`.
         replicas: For `mirrored`: how many; by default all GPUs.
         deterministic: Deterministic TensorFlow operations; false by default.
+        resume: `auto` (default): go on from the newest whole checkpoint, or start where there is
+            none. `never`: start, where there must be none. Or a URL: go on from this store's
+            newest checkpoint, or from this one of its checkpoints.
+        init_from: Weights to start with, where nothing is continued: a `.weights.h5` or `.keras`
+            file, a store or one of its checkpoints.
+        preempt_grace: Seconds from SIGTERM, SIGUSR1 or a notice to the end of the process; 25 by
+            default, of the 30 that Kubernetes gives.
+        preempt_notice: A file or URL whose being there is a notice; looked at on rank 0.
     """
 
     dir: str = Field(min_length=1)
@@ -40,6 +48,10 @@ class Run(_Section):
     backend: Literal["auto", "horovod", "mpi", "mirrored", "single"] = "auto"
     replicas: int | None = Field(None, ge=1)
     deterministic: bool = False
+    resume: str = Field("auto", min_length=1)
+    init_from: str | None = Field(None, min_length=1)
+    preempt_grace: float = Field(25.0, gt=0)
+    preempt_notice: str | None = Field(None, min_length=1)
 
 
 class Train(_Section):
@@ -59,14 +71,14 @@ class Train(_Section):
 
 
 class Checkpoint(_Section):
-    """Checkpoints of the training state; none are saved unless one of the `every_` is set.
+    """Checkpoints of the training state. One is saved at a preemption in any case.
 
     Attributes:
         url: The store, any fsspec URL; by default `checkpoints` in `run.dir`.
-        every_epochs: Save after so many epochs.
+        every_epochs: Save after so many epochs; 1 by default.
         every_steps: Save after so many steps.
         every_minutes: Save after so many minutes.
-        keep_last: Keep so many of the newest; with no `keep_` all are kept.
+        keep_last: Keep so many of the newest, 3 by default; with no `keep_` all are kept.
         keep_best: Keep so many of the best by `monitor`.
         keep_every: Keep each whose step is a multiple of this.
         monitor: The metric for `keep_best`; `val_loss` by default.
@@ -77,10 +89,10 @@ class Checkpoint(_Section):
     """
 
     url: str | None = Field(default=None, min_length=1)
-    every_epochs: int | None = Field(default=None, ge=1)
+    every_epochs: int | None = Field(default=1, ge=1)
     every_steps: int | None = Field(default=None, ge=1)
     every_minutes: float | None = Field(default=None, gt=0)
-    keep_last: int | None = Field(default=None, ge=1)
+    keep_last: int | None = Field(default=3, ge=1)
     keep_best: int | None = Field(default=None, ge=1)
     keep_every: int | None = Field(default=None, ge=1)
     monitor: str = "val_loss"
@@ -101,6 +113,87 @@ class UserFunction(_Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+_LABEL = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)"
+_DOMAIN = r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?){0,2}/)"
+_KEY = f"{_DOMAIN}?{_LABEL}"
+_EFFECT = "(NoSchedule|PreferNoSchedule|NoExecute)"
+Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+LabelKey = Annotated[str, Field(pattern=f"^{_KEY}$")]
+LabelValue = Annotated[str, Field(pattern=f"^{_LABEL}?$")]
+Taint = Annotated[str, Field(pattern=f"^{_KEY}(={_LABEL})?:{_EFFECT}$")]
+Bytes = Annotated[str, Field(pattern="^[1-9][0-9]{0,5}(Mi|Gi|Ti)$")]
+Variable = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+Word = Annotated[str, Field(min_length=1)]
+
+
+class Kubernetes(_Section):
+    """How `orchestrator k8s` runs this on a cluster; training itself reads none of it.
+
+    Attributes:
+        name: Of the job and what belongs to it; a DNS label of at most 40 characters.
+        namespace: By default kubectl's current one.
+        image: Made from k8s/Dockerfile; rendering asks for it.
+        image_pull_secret: The Secret for a private registry.
+        target: `mpijob` (default), `job` or `trainjob`.
+        nodes: Pods with ranks.
+        ranks_per_node: Ranks in each.
+        gpus_per_node: GPUs of each; 0 by default.
+        gpu_resource: What the cluster calls a GPU.
+        cpu: Cores of each, such as `4` or `500m`; a request, not a limit.
+        memory: Memory of each, such as `8Gi`, with `shm` and `scratch` in memory inside it.
+        shm: /dev/shm, part of `memory`.
+        scratch: /tmp and /scratch on the node's disk, gone with the pod.
+        command: Of a rank, instead of `python launch/train.py` with these settings.
+        env: Environment variables; none that hold a secret.
+        credentials_secret: A Secret whose keys become environment variables.
+        service_account: The account that storage knows, for workload identity.
+        service_account_annotations: Set where the account is to be made, too.
+        volume_claim: A PersistentVolumeClaim that all nodes mount.
+        volume_path: Where; `/data` by default.
+        node_selector: Labels that a node must have.
+        tolerations: Taints to put up with, as `key[=value]:Effect`.
+        priority_class: The PriorityClass of the pods.
+        queue: Kueue's LocalQueue.
+        queue_priority: Kueue's WorkloadPriorityClass.
+        max_restarts: Starts again after as many failures and, for `mpijob`, preemptions.
+        max_hours: The job is stopped after them; by default never.
+        keep_hours: A finished job is removed after them; by default never.
+        drainable: Whether a node with a pod of this may be drained; true by default.
+        network_policy: Whether only the job's own pods may connect to it; true by default.
+    """
+
+    name: Name = "train"
+    namespace: Annotated[str, Field(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")] | None = None
+    image: Annotated[str, Field(pattern="^[a-z0-9][-A-Za-z0-9_.:/@]*$")] | None = None
+    image_pull_secret: Name | None = None
+    target: Literal["mpijob", "job", "trainjob"] = "mpijob"
+    nodes: int = Field(2, ge=1, le=10_000)
+    ranks_per_node: int = Field(1, ge=1, le=64)
+    gpus_per_node: int = Field(0, ge=0, le=64)
+    gpu_resource: Annotated[str, Field(pattern=f"^{_DOMAIN}{_LABEL}$")] = "nvidia.com/gpu"
+    cpu: Annotated[str, Field(pattern="^[1-9][0-9]{0,4}m?$")] = "2"
+    memory: Bytes = "8Gi"
+    shm: Bytes = "1Gi"
+    scratch: Bytes = "4Gi"
+    command: Annotated[list[Word], Field(min_length=1)] | None = None
+    env: dict[Variable, str] = Field(default_factory=dict)
+    credentials_secret: Name | None = None
+    service_account: Name | None = None
+    service_account_annotations: dict[LabelKey, str] = Field(default_factory=dict)
+    volume_claim: Name | None = None
+    volume_path: Annotated[str, Field(pattern="^(/[-A-Za-z0-9_]+)+$")] = "/data"
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
+    tolerations: list[Taint] = Field(default_factory=list)
+    priority_class: Name | None = None
+    queue: Name | None = None
+    queue_priority: Name | None = None
+    max_restarts: int = Field(10, ge=0, le=10_000)
+    max_hours: float | None = Field(None, gt=0, le=100_000)
+    keep_hours: float | None = Field(None, ge=0, le=100_000)
+    drainable: bool = True
+    network_policy: bool = True
+
+
 class Settings(_Section):
     """All settings of a run; frozen.
 
@@ -111,6 +204,7 @@ class Settings(_Section):
         model: Gives a compiled `keras.Model`, called with the options.
         checkpoint: When to save checkpoints, and which to keep.
         callbacks: Callbacks by name with their arguments, in order.
+        kubernetes: How to run on a cluster.
     """
 
     run: Run
@@ -119,6 +213,7 @@ class Settings(_Section):
     model: UserFunction
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     callbacks: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
+    kubernetes: Kubernetes = Field(default_factory=Kubernetes)
 
     def dump(self) -> str:
         """The settings as YAML that `load` reads back."""
@@ -179,7 +274,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{key} is not a setting.{nearest(key, known_keys())}"
     if problem["type"] == "missing":
         return f"{key} is not set, and it has no default. Add it to the file or as {key}=VALUE."
-    if problem["type"] == "string_pattern_mismatch":
+    if problem["type"] == "string_pattern_mismatch" and key.endswith("factory"):
         return f"{key}={problem['input']!r} is not allowed: write package.module:function."
     return f"{key}={problem['input']!r} is not allowed: {problem['msg']}."
 

@@ -20,6 +20,7 @@ from orchestrator.sources.batches import (
     PyDatasetBatches,
 )
 from orchestrator.sources.indexed import Orders, own_samples
+from orchestrator.sources.position import Position
 
 _Optional: Any = tf.experimental.Optional
 
@@ -33,6 +34,7 @@ def shard(
     seed: int = 0,
     validation_split: float | None = None,
     steps: int | None = None,
+    position: Position | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """Gives this rank its part of every global batch; called by all ranks.
@@ -61,6 +63,8 @@ def shard(
         steps: Global batches in one pass, where the data does not say (a generator, a filtered
             dataset): the pass ends after so many, and a rank that has fewer raises instead of
             leaving the others to wait. By default what the data says, if it does.
+        position: Kept while passes are read, of arrays, files and a PyDataset, so that a resumed
+            run can go on where another stopped; by default nobody asks.
         say: Called with a line for the user where every rank reads everything.
 
     Returns:
@@ -74,7 +78,7 @@ def shard(
         RuntimeError: On the other ranks, where one could not open its data for another reason.
     """
     rank, size = communicator.rank, communicator.size
-    asked = _Asked(batch_size, shuffle, seed, validation_split, steps)
+    asked = _Asked(batch_size, shuffle, seed, validation_split, steps, position or Position())
     source = _open(data, asked, communicator)
     if source.note and size > 1:
         say(source.note)
@@ -90,6 +94,7 @@ class _Asked:
     seed: int
     validation_split: float | None
     steps: int | None
+    position: Position
 
 
 def _open(data: Any, asked: _Asked, communicator: Communicator) -> Source | Batches:
@@ -120,7 +125,7 @@ def _source(data: Any, asked: _Asked) -> Source | Batches | Files:
             )
         return DatasetBatches(data)
     if isinstance(data, keras.utils.PyDataset):
-        return PyDatasetBatches(data, Orders(asked.seed) if asked.shuffle else None)
+        return PyDatasetBatches(data, Orders(asked.seed) if asked.shuffle else None, asked.position)
     if isinstance(data, Iterator):
         if asked.shuffle:
             raise ValueError("shard() can't shuffle a generator; it gives its own order.")
@@ -233,7 +238,7 @@ def _indexed(source: Source, asked: _Asked, rank: int, size: int) -> Any:
             f"shard(validation_split={asked.validation_split}) of {length} samples leaves none "
             "for training or none for validation. Give more data or another fraction."
         )
-    training = own_samples(source, range(middle), batch_size, orders, rank, size)
+    training = own_samples(source, range(middle), batch_size, orders, rank, size, asked.position)
     if asked.steps is not None:
         training = training.take(asked.steps)
     if asked.validation_split is None:

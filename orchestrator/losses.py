@@ -128,6 +128,10 @@ class BatchLosses:
         self._rows.clear()
         self._reset()
 
+    def restore(self, rows: np.ndarray) -> None:
+        """Takes up what had been kept before."""
+        self._rows[:] = list(rows)
+
     def rows(self) -> np.ndarray:
         """Since metrics were reset, a row a batch: its loss's numerator, divisor, and samples."""
         return np.array(self._rows, np.float64).reshape(-1, 3)
@@ -137,6 +141,13 @@ def batch_losses(model: keras.Model) -> np.ndarray:
     """This rank's parts of the batches' losses, (batches, 3) float64; none where not kept."""
     kept = getattr(model, _ATTRIBUTE, None)
     return np.zeros((0, 3)) if kept is None else kept.rows()
+
+
+def restore(model: keras.Model, rows: np.ndarray) -> None:
+    """Takes up what `batch_losses` gave in an earlier run."""
+    kept = getattr(model, _ATTRIBUTE, None)
+    if kept is not None:
+        kept.restore(rows)
 
 
 def mean_of(rows: np.ndarray) -> float:

@@ -204,6 +204,30 @@ def _merged(metric: Any, gathered: list[np.ndarray], size: int) -> list[np.ndarr
     return merged
 
 
+def share(model: keras.Model, values: Sequence[list[np.ndarray]], rank: int) -> list[np.ndarray]:
+    """What a rank is to hold so that all together hold what other ranks held; no communication.
+
+    Args:
+        model: Its metrics built.
+        values: Those other ranks' states, in their order.
+        rank: This rank. What adds up is rank 0's, and nothing is the others'.
+    """
+    own, place = [], 0
+    for metric in additive.leaves(model):
+        kinds = _kinds(metric)
+        gathered = [np.stack([state[place + i] for state in values]) for i in range(len(kinds))]
+        place += len(kinds)
+        empty = [np.asarray(value) for value in metric.stateless_reset_state()]
+        if additive.merges(metric):
+            own += _merged(metric, gathered, len(values)) if rank == 0 else empty
+            continue
+        for kind, array, nothing in zip(kinds, gathered, empty, strict=True):
+            added = array.astype(np.float64).sum(0).astype(array.dtype) if rank == 0 else nothing
+            whole = {"mean": array.mean(0), "only_first_replica": array[0]}
+            own.append(whole.get(kind, added))
+    return own
+
+
 def results(model: keras.Model, state: MetricState) -> dict[str, float]:
     """What the model's metrics give for a state, by their own `result()`.
 

@@ -145,6 +145,15 @@ def calls(optimizer: Any) -> Any:
 
 def own_state(optimizer: Any) -> list[Any]:
     """The variables of an optimizer that differ between ranks: what each has accumulated."""
-    if not is_distributed(optimizer):
-        return []
+    return accumulators(optimizer) if is_distributed(optimizer) else []
+
+
+def accumulators(optimizer: Any) -> list[Any]:
+    """Where an optimizer adds up gradients between its updates; none where it does not."""
     return [v for v in getattr(optimizer, "_accumulated_gradients", []) if v is not None]
+
+
+def is_between_updates(optimizer: Any) -> bool:
+    """Whether gradients have been accumulated since the last update."""
+    steps = optimizer.gradient_accumulation_steps
+    return bool(steps) and int(calls(optimizer).numpy()) % steps != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -9,8 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import keras
 
 from orchestrator import callbacks as ours
 from orchestrator import storage
@@ -25,7 +24,7 @@ class Parts:
     data: Callable[..., Any]
     model: Callable[..., Any]
     callbacks: list[Callable[[], Any]]
-    checkpoints: list[keras.callbacks.Callback]
+    checkpoint: Callable[..., ours.StoreCheckpoint]
 
     @classmethod
     def of(cls, settings: Settings) -> Parts:
@@ -34,7 +33,7 @@ class Parts:
             imported("data.factory", settings.data.factory),
             imported("model.factory", settings.model.factory),
             [_callback(entry, settings.run.dir) for entry in settings.callbacks],
-            _checkpoints(settings),
+            _checkpoint(settings),
         )
 
 
@@ -108,8 +107,13 @@ def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any
     return lambda: kind(**arguments)
 
 
-def _checkpoints(settings: Settings) -> list[keras.callbacks.Callback]:
-    """The callback that saves to the store, where the settings ask for one."""
+def store_url(settings: Settings) -> str:
+    """Where the training state is saved."""
+    return settings.checkpoint.url or storage.join(settings.run.dir, "checkpoints")
+
+
+def _checkpoint(settings: Settings) -> Callable[..., ours.StoreCheckpoint]:
+    """The callback that saves to the store, to be made once it is known what to go on from."""
     asked = settings.checkpoint
     save: list[retention.Save] = []
     save += [retention.EveryEpochs(asked.every_epochs)] if asked.every_epochs else []
@@ -120,14 +124,14 @@ def _checkpoints(settings: Settings) -> list[keras.callbacks.Callback]:
     keep += [retention.Multiples(asked.keep_every)] if asked.keep_every else []
     if asked.keep_best:
         keep.append(retention.Best(asked.monitor, asked.mode, asked.keep_best))
-    if not save:
-        return []
-    return [
-        ours.StoreCheckpoint(
-            asked.url or storage.join(settings.run.dir, "checkpoints"),
-            save=save,
-            keep=keep,
-            background=asked.background,
-            when_busy=asked.when_busy,
-        )
-    ]
+    return functools.partial(
+        ours.StoreCheckpoint,
+        store_url(settings),
+        save=save,
+        keep=keep,
+        background=asked.background,
+        when_busy=asked.when_busy,
+        preempt_grace=settings.run.preempt_grace,
+        preempt_notice=settings.run.preempt_notice,
+        settings=settings.model_dump(),
+    )

@@ -18,6 +18,7 @@ from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
 from orchestrator.events import Events
 from orchestrator.flags import Flags
+from orchestrator.sources.position import Position
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ class Runtime:
         strategy: The `tf.distribute.MirroredStrategy`, or `None`.
         events: Where decisions are recorded; nowhere by default.
         flags: What a rank has to tell the others at the end of a step.
+        positions: Where this rank is in what it gave to `shard`, in the order of the calls.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Runtime:
         self.strategy = strategy
         self.events = Events()
         self.flags = Flags(alone=communicator.size == 1)
+        self.positions: list[Position] = []
         self._buckets = gradient_buckets
         self._compression: Wire | None = gradient_compression
         self._said: set[str] = set()
@@ -133,6 +136,7 @@ class Runtime:
 
         Under MirroredStrategy Keras hands the parts to the replicas, and all of it is returned.
         """
+        self.positions.append(Position())
         return data.shard(
             dataset,
             self.communicator,
@@ -141,6 +145,7 @@ class Runtime:
             seed=self.seed,
             validation_split=validation_split,
             steps=steps,
+            position=self.positions[-1],
             say=self.say_once,
         )
 
@@ -157,6 +162,11 @@ class Runtime:
         See `agreement.on_all`.
         """
         return agreement.on_all(self.communicator, function)
+
+    def reseed(self, seed: int) -> None:
+        """Seeds Python, NumPy and TensorFlow anew; does not communicate."""
+        self.seed = seed
+        keras.utils.set_random_seed(seed)
 
     def say(self, message: str) -> None:
         """Prints a line, on rank 0 only."""

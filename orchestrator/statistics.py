@@ -46,12 +46,18 @@ class MovingStatistics:
         Called by all ranks. One allreduce where there are statistics and training steps were
         made, else nothing. A variance becomes the mean of the ranks' variances.
         """
-        if not self.stale:
-            return
+        merged = self.merged()
+        for variable, value in merged:
+            variable.assign(value)
+        if merged:
+            self._seen.assign(0)
         self.stale = False
-        variables = moving(self._model)
+
+    def merged(self) -> list[tuple[Any, np.ndarray]]:
+        """What `merge` would give each variable, which stays as it is; communicates alike."""
+        variables = moving(self._model) if self.stale else []
         if not variables:
-            return
+            return []
         seen = float(self._seen.numpy())
         # A rank that saw nothing sends zeros, also where its own have become NaN.
         own = [v.numpy().astype(np.float64).reshape(-1) for v in variables]
@@ -60,10 +66,24 @@ class MovingStatistics:
         *sums, total = np.split(
             self._communicator.allreduce(flat), np.cumsum([len(values) for values in own])
         )
-        if total[0] > 0:
-            for variable, values in zip(variables, sums, strict=True):
-                variable.assign((values / total[0]).reshape(variable.shape))
-        self._seen.assign(0)
+        if not total[0] > 0:
+            return []
+        return [
+            (variable, (values / total[0]).reshape(variable.shape).astype(variable.dtype))
+            for variable, values in zip(variables, sums, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What this rank's statistics are, and how much they weigh in the next `merge`."""
+        values = [v.numpy() for v in moving(self._model)]
+        return {"values": values, "seen": int(self._seen.numpy()), "stale": self.stale}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up a state of this rank, of a model of the same layers."""
+        for variable, value in zip(moving(self._model), state["values"], strict=True):
+            variable.assign(value)
+        self._seen.assign(state["seen"])
+        self.stale = state["stale"]
 
 
 def synchronize(model: keras.Model, communicator: Communicator) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -237,12 +237,26 @@ class Lines:
     def __init__(self, url: str, *, keep: bool = False) -> None:
         """Starts the file anew, or with `keep` goes on at the end of one that is there."""
         self._fs, self._path = resolve(url)
+        self._url = url
         self._text = ""
         if not (keep and self._fs.exists(self._path)):
             write_text(url, "")
         elif not isinstance(self._fs, LocalFileSystem):
             self._text = self._fs.cat_file(self._path).decode()
         self.empty = self._fs.size(self._path) == 0
+
+    def read(self) -> str:
+        """All of it."""
+        if isinstance(self._fs, LocalFileSystem):
+            with open(self._path, encoding="utf-8") as file:
+                return file.read()
+        return self._text
+
+    def replace(self, lines: Sequence[str]) -> None:
+        """Puts other lines in place of all."""
+        self._text = "".join(f"{line}\n" for line in lines)
+        write_text(self._url, self._text)
+        self.empty = not lines
 
     def append(self, line: str) -> None:
         """Adds one line."""

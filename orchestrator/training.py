@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,11 +10,15 @@ import keras
 import tensorflow as tf
 
 from orchestrator import callbacks as ours
+from orchestrator import restoring, storage, weights
 from orchestrator import runtime as runtimes
-from orchestrator import storage, weights
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError, Settings
 from orchestrator.events import RunDirectory
-from orchestrator.parts import Parts, call
+from orchestrator.parts import Parts, call, store_url
+from orchestrator.preemption import EXIT_CODE, Preempted
+from orchestrator.restoring import Opened
+from orchestrator.resume.settings import compare
 from orchestrator.runtime import Runtime
 
 
@@ -29,22 +34,33 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
 
     Raises:
         SettingError: On every rank, before training where it can be known by then.
+        Preempted: On every rank: a notice came, and a checkpoint was committed.
     """
     runtime = runtime or start(settings)
     check_batch(settings.train.global_batch_size, runtime)
     parts = runtime.on_all(lambda: Parts.of(settings))
-    directory = _open(settings, runtime)
-    try:
-        return _train(settings, runtime, parts, directory)
-    except Exception as error:
-        if directory is not None:
-            code = 2 if isinstance(error, SettingError) else 1
-            directory.outcome(code, f"{type(error).__name__}: {error}", None, None)
-        raise
+    opened = _opened(settings, runtime)
+    with contextlib.closing(opened) if opened else contextlib.nullcontext():
+        directory = _open(settings, runtime)
+        try:
+            return _train(settings, runtime, parts, directory, opened)
+        except Preempted as preempted:
+            if directory is not None:
+                directory.outcome(EXIT_CODE, str(preempted), preempted.epoch, preempted.step)
+            raise
+        except Exception as error:
+            if directory is not None:
+                code = 2 if isinstance(error, SettingError) else 1
+                directory.outcome(code, f"{type(error).__name__}: {error}", None, None)
+            raise
 
 
 def _train(
-    settings: Settings, runtime: Runtime, parts: Parts, directory: RunDirectory | None
+    settings: Settings,
+    runtime: Runtime,
+    parts: Parts,
+    directory: RunDirectory | None,
+    opened: Opened | None,
 ) -> keras.callbacks.History:
     """Assembles and fits; called by all ranks, `directory` on rank 0 alone."""
     training, validation = runtime.on_all(lambda: _load(settings, runtime, parts.data))
@@ -52,6 +68,8 @@ def _train(
     with runtime.scope():
         model = runtime.on_all(lambda: _build(settings, parts.model))
         runtime.distribute(model.optimizer)
+    if settings.run.init_from is not None and opened is None:
+        restoring.initialise(model, settings.run.init_from)
     runtime.broadcast(model)
     runtime.say(_greeting(settings, runtime))
     runtime.events.emit(
@@ -65,22 +83,65 @@ def _train(
         seed=runtime.seed,
     )
     made = [make() for make in parts.callbacks]
-    history = model.fit(
-        train_part,
-        validation_data=validation_part,
-        epochs=settings.train.epochs,
-        shuffle=False,  # datasets: shuffled already
-        verbose=2 if runtime.is_root else 0,
-        callbacks=[
-            *made,
-            *parts.checkpoints,
-            ours.CSVLogger(storage.join(settings.run.dir, "history.csv")),
-        ],
-    )
+    checkpoint = parts.checkpoint(resume=opened or False)
+    try:
+        history = model.fit(
+            train_part,
+            validation_data=validation_part,
+            epochs=settings.train.epochs,
+            shuffle=False,  # datasets: shuffled already
+            verbose=2 if runtime.is_root else 0,
+            callbacks=[
+                *made,
+                ours.CSVLogger(storage.join(settings.run.dir, "history.csv")),
+                checkpoint,
+            ],
+        )
+    finally:
+        checkpoint.close()
     stopper = next((c for c in made if isinstance(c, ours.EarlyStopping)), None)
     restored = stopper.restored_epoch if stopper else None
     _finish(settings, runtime, history, directory, restored)
     return history
+
+
+def _opened(settings: Settings, runtime: Runtime) -> Opened | None:
+    """What the run goes on from, its settings compared and its seed taken up; by all ranks."""
+    own, asked = store_url(settings), settings.run.resume
+    if asked == "never":
+        runtime.on_root(lambda: _refuse_checkpoints(own))
+        return None
+    url, step = (own, None) if asked == "auto" else restoring.at(asked)
+    try:
+        opened = restoring.open_newest(runtime, CheckpointStore(url), step)
+    except SettingError as error:
+        raise _no_run_directory(settings, error) if url.startswith(settings.run.dir) else error
+    if opened is None:
+        if asked != "auto":
+            raise SettingError(f"run.resume={asked}: there is no whole checkpoint there.")
+        return None
+    state = opened.state
+    if state is None or state["settings"] is None:
+        raise SettingError(
+            f"{opened.checkpoint.url} holds weights, and no state of a training that could be "
+            "continued. Start from its weights with run.init_from, in another run.dir."
+        )
+    changes = compare(state["settings"], settings.model_dump())
+    for change in changes:
+        runtime.say(f"Changed since the run was begun: {change}")
+    if any(change.startswith(("train.epochs", "callbacks")) for change in changes):
+        state["stopped"] = False  # by what has been changed now, perhaps
+    runtime.reseed(state["seed"])
+    return opened
+
+
+def _refuse_checkpoints(url: str) -> None:
+    found = CheckpointStore(url).list()
+    if found:
+        raise SettingError(
+            f"run.resume=never, and {url} holds {len(found)} checkpoints already, the newest of "
+            f"step {found[-1].step}. Choose another run.dir, or remove them first."
+        )
 
 
 def start(settings: Settings) -> Runtime:
@@ -157,18 +218,22 @@ def _open(settings: Settings, runtime: Runtime) -> RunDirectory | None:
     def make() -> None:
         try:
             storage.write_text(storage.join(settings.run.dir, "config.yaml"), settings.dump())
-            directories.append(RunDirectory(settings.run.dir))
+            directories.append(RunDirectory(settings.run.dir, keep=settings.run.resume != "never"))
         except (OSError, ValueError, ImportError) as error:
-            raise SettingError(
-                f"run.dir={settings.run.dir} cannot be written: {error}. Set run.dir to a "
-                "folder or URL that this user may write to."
-            ) from None
+            raise _no_run_directory(settings, error) from None
 
     runtime.on_root(make)
     if directories:
         runtime.events = directories[0]
         return directories[0]
     return None
+
+
+def _no_run_directory(settings: Settings, error: Exception) -> SettingError:
+    return SettingError(
+        f"run.dir={settings.run.dir} cannot be written: {error}. Set run.dir to a folder or URL "
+        "that this user may write to."
+    )
 
 
 def _greeting(settings: Settings, runtime: Runtime) -> str:

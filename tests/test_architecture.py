@@ -20,7 +20,9 @@ LAYERS = {
     "checkpoint.manifest": 0,
     "checkpoint.retention": 0,
     "communicators.*": 1,
+    "launching.*": 1,
     "storage": 1,
+    "kubernetes.*": 1,
     "flags": 2,
     "gradients": 2,
     "optimizer": 2,
@@ -39,6 +41,10 @@ LAYERS = {
     "backends": 2,
     "agreement": 2,
     "checkpoint.*": 2,
+    "resume.training": 3,
+    "resume.settings": 0,
+    "resume.*": 2,
+    "preemption": 2,
     "runtime": 3,
     "evaluation": 3,
     "restoring": 3,
@@ -46,6 +52,7 @@ LAYERS = {
     "parts": 5,
     "training": 5,
     "cli": 6,
+    "cli_kubernetes": 6,
 }
 ONLY_IN = {"horovod": "communicators.horovod", "mpi4py": "communicators.mpi"}
 

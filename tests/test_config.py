@@ -40,6 +40,10 @@ def test_defaults(file):
         "backend": "auto",
         "replicas": None,
         "deterministic": False,
+        "resume": "auto",
+        "init_from": None,
+        "preempt_grace": 25.0,
+        "preempt_notice": None,
     }
     assert settings.train.gradient_buckets == 1
     assert settings.data.options == {}
@@ -210,4 +214,5 @@ def test_setting_error_is_a_value_error():
         "model",
         "checkpoint",
         "callbacks",
+        "kubernetes",
     }

@@ -118,6 +118,7 @@ def test_a_good_run(here, capsys):
     run = here / "run"
     assert sorted(os.listdir(run)) == [
         "best.keras",
+        "checkpoints",
         "config.yaml",
         "events.jsonl",
         "history.csv",
@@ -135,6 +136,9 @@ def test_a_good_run(here, capsys):
     assert {"loss", "mae", "val_loss", "val_mae", "learning_rate"} < set(rows[0])
     assert float(rows[1]["val_loss"]) < float(rows[0]["val_loss"])
     happened = events(run)
+    saved = [e for e in happened if "state" in e]  # from the writer's thread, at any time
+    assert [(e["kind"], e["step"]) for e in saved] == [("checkpoint", 3), ("checkpoint", 6)]
+    happened = [e for e in happened if "state" not in e]
     assert [e["kind"] for e in happened] == [
         "start",
         "checkpoint",
@@ -162,10 +166,11 @@ def test_a_good_run(here, capsys):
 
 
 def test_a_second_run_replaces_the_first_ones_records(here):
-    assert launch() == 0
+    assert launch("checkpoint={every_epochs: null}") == 0
     runtime.current().close()
-    assert launch("train.epochs=1", "data.options.validate=false", "callbacks=[]") == 0
-    assert [e["kind"] for e in events(here / "run")] == ["start", "end"]
+    words = ("train.epochs=1", "data.options.validate=false", "callbacks=[]")
+    assert launch(*words, "run.resume=never") == 0
+    assert [e["kind"] for e in events(here / "run")] == ["start", "checkpoint", "end"]
     assert json.loads((here / "run/outcome.json").read_text())["epoch"] == 0
     assert len((here / "run/history.csv").read_text().splitlines()) == 2
 
@@ -176,6 +181,7 @@ def test_the_run_directory_may_be_anywhere(here):
     try:
         assert {os.path.basename(p) for p in fs.ls(path, detail=False)} == {
             "best.keras",
+            "checkpoints",
             "config.yaml",
             "events.jsonl",
             "history.csv",
@@ -187,19 +193,129 @@ def test_the_run_directory_may_be_anywhere(here):
 
 def test_the_same_seed_gives_the_same_run(here):
     digests = []
-    for seed in (5, 5, 6):
-        assert launch(f"run.seed={seed}") == 0
-        digests.append(events(here / "run")[-1]["weights"])
+    for number, seed in enumerate((5, 5, 6)):
+        assert launch(f"run.seed={seed}", f"run.dir=run{number}") == 0
+        digests.append(events(here / f"run{number}")[-1]["weights"])
         runtime.current().close()
     assert digests[0] == digests[1] != digests[2]
 
 
+RUN = ("train.epochs=4", "run.seed=4", "run.deterministic=true")
+
+
+def record(run):
+    """What a run has come to: its weights, its history, its decisions."""
+    decided = [
+        {key: value for key, value in event.items() if key not in ("time", "path")}
+        for event in events(run)
+        if event["kind"] not in ("start", "resume", "preempt") and "state" not in event
+    ]
+    return (run / "history.csv").read_text(), decided
+
+
+def again(*words):
+    runtime.current().close()
+    return launch(*words)
+
+
+def test_more_epochs_go_on_from_the_last(here, capsys):
+    assert launch(*RUN, "run.dir=whole") == 0
+    assert again(*RUN, "run.dir=parts", "train.epochs=2") == 0
+    capsys.readouterr()
+    assert again(*RUN, "run.dir=parts") == 0
+    out, _ = capsys.readouterr()
+    assert "Changed since the run was begun: train.epochs: 2 before, 4 now" in out
+    assert "Continuing at epoch 3 (step 6) from parts/checkpoints/step-0000000006" in out
+    whole, parts = record(here / "whole"), record(here / "parts")
+    assert parts[0] == whole[0]
+    ended = [event for event in parts[1] if event["kind"] in ("restore", "end")]
+    assert [event for event in whole[1] if event["kind"] in ("restore", "end")] == ended
+    (resumed,) = [event for event in events(here / "parts") if event["kind"] == "resume"]
+    assert (resumed["epoch"], resumed["batch"], resumed["step"]) == (2, 0, 6)
+
+
+def test_a_run_that_has_ended_ends_again(here, capsys):
+    assert launch(*RUN) == 0
+    first = record(here / "run")
+    assert again(*RUN) == 0
+    assert "Training ended before, after 4 epochs (12 steps)" in capsys.readouterr().out
+    assert record(here / "run") == first
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("run.seed=5", "run.seed: 4 before, 5 now"),
+        ("train.global_batch_size=4", "train.global_batch_size: 8 before, 4 now"),
+        ("data.options.rows=16", "data.options.rows: None before, 16 now"),
+        ("model.options.rate=0.5", "model.options.rate: None before, 0.5 now"),
+    ],
+)
+def test_settings_that_make_another_training(here, capsys, word, message):
+    assert launch(*RUN) == 0
+    first, settings = record(here / "run"), (here / "run/config.yaml").read_text()
+    assert again(*RUN, word) == 2
+    said = message_of(capsys)
+    assert message in said
+    assert "run.resume=never" in said
+    assert record(here / "run") == first
+    assert (here / "run/config.yaml").read_text() == settings
+
+
+def test_never(here, capsys):
+    assert launch(*RUN) == 0
+    first = record(here / "run")
+    assert again(*RUN, "run.resume=never") == 2
+    assert "holds 3 checkpoints already, the newest of step 12" in message_of(capsys)
+    assert record(here / "run") == first
+
+
+def test_a_given_checkpoint(here, capsys):
+    assert launch(*RUN) == 0
+    words = ("run.dir=other", "run.resume=run/checkpoints/step-0000000009")
+    assert again(*RUN, *words) == 0
+    assert "Continuing at epoch 4 (step 9) from run/checkpoints/step" in capsys.readouterr().out
+    ends = [events(here / name)[-1]["weights"] for name in ("run", "other")]
+    assert ends[0] == ends[1]
+    assert again(*RUN, "run.dir=third", "run.resume=run/checkpoints/step-0000000003") == 2
+    assert "has no checkpoint of step 3" in message_of(capsys)
+
+
+def test_without_a_seed_the_run_s_own_is_taken(here):
+    words = ("train.epochs=2", "run.dir=a", "run.seed=null")
+    assert launch(*words) == 0
+    assert again(*words, "train.epochs=3") == 0
+    seeds = [event["seed"] for event in events(here / "a") if event["kind"] == "start"]
+    assert seeds[0] == seeds[1]
+
+
+@pytest.mark.parametrize(
+    "source", ["a/best.keras", "a/checkpoints", "a/checkpoints/step-0000000003"]
+)
+def test_weights_to_start_with(here, source):
+    assert launch("train.epochs=2", "run.dir=a") == 0
+    words = ("train.epochs=1", "run.dir=b", "model.options.rate=0.0", f"run.init_from={source}")
+    assert again(*words, "callbacks=[]") == 0
+    with CheckpointStore("a/checkpoints").newest() as found:
+        assert found is not None
+    texts = [(here / f"{name}/history.csv").read_text() for name in "ab"]
+    rows = [list(csv.DictReader(text.splitlines())) for text in texts]
+    after = 0 if source.endswith("3") else 1
+    assert float(rows[1][0]["val_loss"]) == pytest.approx(float(rows[0][after]["val_loss"]))
+    assert events(here / "b")[-1]["step"] == 3  # the optimizer begins anew
+
+
+def test_weights_that_do_not_fit(here, capsys):
+    assert launch("run.init_from=nonesuch.weights.h5") == 2
+    assert "nonesuch.weights.h5" in message_of(capsys)
+
+
 def test_arrays_are_batched_and_shuffled(here):
     ends = []
-    for seed in (5, 5, 6):
+    for number, seed in enumerate((5, 5, 6)):
         words = ("data.factory=mine:arrays", "model.options={seeded: 1}", f"run.seed={seed}")
-        assert launch(*words) == 0
-        ends.append(events(here / "run")[-1])
+        assert launch(*words, f"run.dir=run{number}") == 0
+        ends.append(events(here / f"run{number}")[-1])
         runtime.current().close()
     assert ends[0]["step"] == 2 * 3  # epochs, batches of 8 of 24 samples
     assert ends[0]["weights"] == ends[1]["weights"] != ends[2]["weights"]
@@ -217,7 +333,10 @@ def test_checkpoints(here):
 
 
 def test_checkpoints_elsewhere(here, tmp_path):
-    assert launch(f"checkpoint={{url: {tmp_path}/other, every_steps: 2, keep_every: 4}}") == 0
+    assert (
+        launch(f"checkpoint={{url: {tmp_path}/other, every_steps: 2, keep_every: 4, keep_last: 1}}")
+        == 0
+    )
     found = CheckpointStore(str(tmp_path / "other")).list()
     assert [one.step for one in found] == [4, 6]  # the newest stays
 
@@ -284,7 +403,8 @@ def test_bad_input_known_later(here, capsys, words, message):
     assert outcome["exit_code"] == 2
     assert message in outcome["reason"]
     left = set(os.listdir(here / "run"))
-    assert left <= {"config.yaml", "events.jsonl", "history.csv", "outcome.json"}
+    assert left <= {"checkpoints", "config.yaml", "events.jsonl", "history.csv", "outcome.json"}
+    assert not (here / "run/checkpoints").exists() or not os.listdir(here / "run/checkpoints")
     assert "end" not in [e["kind"] for e in events(here / "run")]
 
 

@@ -59,6 +59,14 @@ class ConsistencyGuard(keras.callbacks.Callback):
         if self.check_freq == "epoch":
             self.check(epoch)
 
+    def get_state(self) -> dict[str, Any]:
+        """The batches counted."""
+        return self._batches._asdict()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; does not communicate."""
+        self._batches = decisions.BatchCount(**state)
+
     def check(self, epoch: int | None = None) -> None:
         """Compares now; called by all ranks. One allreduce."""
         communicator = self._runtime.communicator

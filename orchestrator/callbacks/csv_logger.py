@@ -51,6 +51,20 @@ class CSVLogger(keras.callbacks.CSVLogger):
         header = ["epoch", *(self.keys or [])] if first else None
         self._runtime.on_root(lambda: self._write(header, row))
 
+    def get_state(self) -> dict[str, Any]:
+        """The file so far; asked on rank 0, which has it."""
+        return {"keys": self.keys, "text": self._lines.read()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there, without what was written later (one small broadcast)."""
+        self.keys = state["keys"]
+
+        def replace() -> None:
+            self._lines.replace(state["text"].splitlines())
+            self.append_header = self._lines.empty
+
+        self._runtime.on_root(replace)
+
     def _write(self, header: list[Any] | None, row: list[Any]) -> None:
         rows = [header, row] if header and self.append_header else [row]
         for cells in rows:

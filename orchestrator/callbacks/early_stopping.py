@@ -63,6 +63,15 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
         self.best, self.wait, self.stopped_epoch = state.best, state.wait, state.stopped_epoch
         self.best_epoch = state.best_epoch or 0
 
+    def get_state(self) -> dict[str, Any]:
+        """What it remembers, on rank 0 with the best weights."""
+        return {"state": self._state._asdict(), "best_weights": self.best_weights}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; does not communicate."""
+        self._adopt(decisions.StopState(**state["state"]))
+        self.best_weights = state["best_weights"] if self._runtime.is_root else None
+
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Broadcasts the best weights to every rank."""
         if self.stopped_epoch > 0:

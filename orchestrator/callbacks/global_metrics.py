@@ -91,6 +91,24 @@ def insert_first(model: keras.Model) -> None:
     own.set_model(model)
 
 
+def move_last(callback: keras.callbacks.Callback) -> None:
+    """Puts a callback last in the `CallbackList` that is calling its `set_model`.
+
+    There it sees what all others, `History` included, have made of an epoch.
+    """
+    callback_list = _calling_list()
+    if callback_list is not None:
+        # A new list: Keras is going through the present one.
+        others = [one for one in callback_list.callbacks if one is not callback]
+        callback_list.callbacks = [*others, callback]
+
+
+def members() -> list[Any]:
+    """The callbacks in the list that is calling, in order; none where there is no list."""
+    callback_list = _calling_list()
+    return [] if callback_list is None else list(callback_list.callbacks)
+
+
 def _calling_list() -> keras.callbacks.CallbackList | None:
     frame = inspect.currentframe()
     while frame is not None:

@@ -41,6 +41,7 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
         self._runtime.on_root(lambda: storage.preflight(self._folder()))
         self._batches = decisions.BatchCount()
         self._recalled: set[str] = set()
+        self._goes_on = False
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves every `save_freq` batches."""
@@ -55,6 +56,19 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
         self._improvement()
         if self.save_freq == "epoch":
             self._save(epoch, None, logs or {})
+
+    def get_state(self) -> dict[str, Any]:
+        """The best so far, and the batches counted."""
+        return {"best": self.best, "batches": self._batches._asdict()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; does not communicate.
+
+        What a file says of itself no longer counts: it may have been saved later than that.
+        """
+        self.best = state["best"]
+        self._batches = decisions.BatchCount(**state["batches"])
+        self._goes_on = True
 
     def _global_logs(self, logs: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if self._runtime.size == 1:
@@ -110,7 +124,7 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
 
     def _recall(self, filepath: str) -> None:
         """Takes up the best of an earlier run that saved under this name; asks once a name."""
-        if filepath in self._recalled:
+        if filepath in self._recalled or self._goes_on:
             return
         self._recalled.add(filepath)
         found = self._runtime.on_root(lambda: best.recall(filepath))

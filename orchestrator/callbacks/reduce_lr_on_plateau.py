@@ -47,6 +47,14 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
         if decision.reduce:
             self._cut(epoch, float(current), rates)
 
+    def get_state(self) -> dict[str, Any]:
+        """What it remembers; the learning rate is the optimizer's."""
+        return self._state._asdict()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; does not communicate."""
+        self._adopt(decisions.PlateauState(**state))
+
     def _cut(self, epoch: int, current: float, rates: dict[str, float | None]) -> None:
         for name, optimizer in self._optimizers():
             new, old = rates[name], learning_rate(optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
 import keras
@@ -51,8 +51,12 @@ class Snapshot:
         """Bytes of host memory the buffers take."""
         return sum(buffer.nbytes for _, buffer in self._buffers.held.values())
 
-    def copy(self) -> None:
-        """Copies the model's variables as they are now; from a device, through host memory."""
+    def copy(self, instead: Sequence[tuple[Any, np.ndarray]] = ()) -> None:
+        """Copies the model's variables as they are now; from a device, through host memory.
+
+        Args:
+            instead: Variables with values that are to be written for theirs.
+        """
         current = _variables(self._model)
         if len(current) != len(self._known) or any(
             a is not b for a, b in zip(current, self._known, strict=True)
@@ -61,6 +65,9 @@ class Snapshot:
         self._is_filled = False
         for tensor, (_, buffer) in zip(self._read(), self._buffers.held.values(), strict=True):
             _copy(tensor, buffer)
+        for variable, value in instead:
+            if id(variable) in self._buffers.held:
+                np.copyto(self._buffers.held[id(variable)][1], value)
         self._is_filled = True
 
     def write_weights(self, path: str) -> str:

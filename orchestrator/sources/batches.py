@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from orchestrator.sources.base import part
+from orchestrator.sources.indexed import Orders
+from orchestrator.sources.position import Position
 
 
 @runtime_checkable
@@ -85,14 +87,16 @@ class DatasetBatches:
 class PyDatasetBatches:
     """The batches of a `keras.utils.PyDataset`, fetched by `workers` threads.
 
-    `on_epoch_begin` and `on_epoch_end` are called around the fetching of each pass.
+    `on_epoch_begin` and `on_epoch_end` are called around the fetching of each pass, and once for
+    each pass that a resumed run leaves out.
 
     Args:
         data: Batched to the global batch size.
-        order: Gives each pass the order of its batches; `None` for the dataset's own.
+        orders: Gives each pass the order of its batches; `None` for the dataset's own.
+        position: Asked as each pass begins.
 
     Raises:
-        ValueError: It has no batch, or no end and `order` is given.
+        ValueError: It has no batch, or no end and `orders` is given.
     """
 
     note: str | None = (
@@ -100,10 +104,11 @@ class PyDatasetBatches:
         "own samples pass arrays, orchestrator.TFRecordFiles or NpzFiles."
     )
 
-    def __init__(self, data: Any, order: Callable[[int], np.ndarray] | None) -> None:
-        self._data, self._order = data, order
+    def __init__(self, data: Any, orders: Orders | None, position: Position) -> None:
+        self._data, self._orders, self._position = data, orders, position
+        self._passes = 0
         batches = data.num_batches
-        if batches == 0 or (batches is None and order is not None):
+        if batches == 0 or (batches is None and orders is not None):
             raise ValueError(
                 "shard() takes a PyDataset of one or more batches, and shuffle=True only where "
                 f"their number is known; got num_batches={batches}."
@@ -122,26 +127,47 @@ class PyDatasetBatches:
         return dataset.prefetch(tf.data.AUTOTUNE)
 
     def _pass(self) -> Iterator[Any]:
+        batches = self._data.num_batches
+        number, first = self._position.begin(batches)
+        while self._passes < number:
+            self._data.on_epoch_begin()
+            self._data.on_epoch_end()
+            self._passes += 1
+        self._passes += 1
         self._data.on_epoch_begin()
-        for more, batch in self._fetch():
+        for _ in range(first):
+            yield self._nothing()
+        if first == batches:
+            self._data.on_epoch_end()
+            return
+        for more, batch in self._fetch(self._numbers(number, first)):
             if not more:
                 # Nobody asks for more after the last batch, so this cannot wait until then.
                 self._data.on_epoch_end()
             yield _standard(batch)
 
-    def _numbers(self) -> Iterator[int]:
+    def _nothing(self) -> Any:
+        """A batch without samples."""
+        return tf.nest.map_structure(
+            lambda spec: np.zeros([size or 0 for size in spec.shape], spec.dtype.as_numpy_dtype),
+            self._spec,
+        )
+
+    def _numbers(self, number: int, first: int) -> Iterator[int]:
         batches = self._data.num_batches
         if batches is None:
-            return itertools.count()
-        return iter(range(batches) if self._order is None else self._order(batches).tolist())
+            return itertools.count(first)
+        if self._orders is None:
+            return iter(range(first, batches))
+        return iter(self._orders(batches, number)[first:].tolist())
 
-    def _fetch(self) -> Iterator[tuple[bool, Any]]:
+    def _fetch(self, numbers: Iterator[int]) -> Iterator[tuple[bool, Any]]:
         """Whether there are more, and the batch; some are fetched ahead."""
         ahead = self._data.max_queue_size if self._data.workers > 1 else 1
         waiting: deque[Future[Any]] = deque()
         with ThreadPoolExecutor(max(1, self._data.workers)) as threads:
             try:
-                for number in self._numbers():
+                for number in numbers:
                     waiting.append(threads.submit(self._data.__getitem__, number))
                     if len(waiting) > ahead:
                         yield True, waiting.popleft().result()
