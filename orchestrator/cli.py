@@ -12,6 +12,9 @@ from rich.table import Table
 from orchestrator.checkpoint.retention import Best, Keep, Last, Mode, Multiples
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
+from orchestrator.launching.hosts import parse as parse_hosts
+from orchestrator.launching.hosts import read as read_hosts
+from orchestrator.launching.launch import GRACE, Launch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,6 +81,45 @@ def prune(
         print(f"  step {step}")
     for leftover in pruned.leftovers:
         print(f"  {leftover}")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    command: Annotated[list[str] | None, typer.Argument(help="What each rank runs.")] = None,
+    size: Annotated[
+        int, typer.Option("-np", "--num-proc", show_default=False, help="How many ranks.")
+    ] = 0,
+    mpi: Annotated[bool, typer.Option("--mpi", help="By mpiexec, not horovodrun.")] = False,
+    grace: Annotated[
+        float, typer.Option(help="Seconds from a signal to the end of what is still running.")
+    ] = GRACE,
+    restart: Annotated[
+        int, typer.Option(help="How often to start again a job that ended preempted (75).")
+    ] = 0,
+    hosts: Annotated[str | None, typer.Option("-H", "--hosts", help="node1:4,node2:4")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="A line each: node1 slots=4.")] = None,
+    launcher_args: Annotated[str, typer.Option(help="More options for the launcher.")] = "",
+) -> None:
+    """Start ranks by horovodrun or mpiexec, with time to checkpoint and their own exit code.
+
+    SIGTERM, SIGUSR1 and SIGINT reach every rank once, on every host; a second one ends all.
+
+    Ends with 75 (preempted, start it again) if that is how every rank that failed did.
+    """
+    if hosts is not None and hostfile is not None:
+        raise SettingError("-H and --hostfile both say where to start ranks: give one of them.")
+    where = parse_hosts(hosts) if hosts is not None else []
+    where = read_hosts(hostfile) if hostfile is not None else where
+    job = Launch(
+        size=size,
+        command=command or [],
+        mpi=mpi,
+        grace=grace,
+        restarts=restart,
+        hosts=where,
+        launcher_args=launcher_args,
+    )
+    raise typer.Exit(job.run())
 
 
 def _show(table: Table, rows: int, url: str) -> None:

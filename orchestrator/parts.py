@@ -16,6 +16,8 @@ from orchestrator import storage
 from orchestrator.checkpoint import retention
 from orchestrator.config import SettingError, Settings, UserFunction, nearest
 
+_ADDED_ANYWAY = ("BackupAndRestore", "GlobalMetrics", "StoreCheckpoint")
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -83,7 +85,7 @@ def call(section: str, user: UserFunction, function: Callable[..., Any], **given
 
 def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any]:
     """A checked entry of `callbacks`, to be made once the model is there."""
-    names = [name for name in ours.__all__ if name not in ("GlobalMetrics", "StoreCheckpoint")]
+    names = [name for name in ours.__all__ if name not in _ADDED_ANYWAY]
     if len(entry) != 1:
         raise SettingError(f"callbacks: each entry is one name with its arguments, got {entry}.")
     ((name, arguments),) = entry.items()

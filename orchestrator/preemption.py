@@ -21,6 +21,7 @@ from orchestrator import storage
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start me again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 5.0
+SAME_NOTICE_SECONDS = 2.0
 # What metadata servers answer as long as there is nothing to say.
 _NOTHING = ("", "false", "none")
 
@@ -49,7 +50,8 @@ class Watch:
 
     SIGTERM and SIGUSR1 are heard in a thread, also while the main thread is in a collective. From
     the first notice on there is a deadline: past it, or at a second signal, the process ends at
-    once with 128 and the signal's number, whatever it was doing.
+    once with 128 and the signal's number, whatever it was doing. Within two seconds a signal is
+    the first one's again: where both a scheduler and the launcher pass it on.
 
     Args:
         heard: Called once, in another thread, with what the notice was.
@@ -73,7 +75,7 @@ class Watch:
         self._notice = notice
         self._every = every
         self._ended = threading.Event()
-        self._first: int | None = None
+        self._first: float | None = None
         self._is_committed = False
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
@@ -126,9 +128,12 @@ class Watch:
     def _receive(self, number: int) -> None:
         if self._is_committed:
             return
+        now = time.monotonic()
+        if self._first is not None and now - self._first < SAME_NOTICE_SECONDS:
+            return
         if self._first is not None:
             _end(128 + number, f"a second signal, {signal.Signals(number).name}")
-        self._first = number
+        self._first = now
         self._tell(signal.Signals(number).name, number)
 
     def _tell(self, what: str, number: int = signal.SIGTERM) -> None:

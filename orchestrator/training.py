@@ -115,7 +115,9 @@ def _opened(settings: Settings, runtime: Runtime) -> Opened | None:
     try:
         opened = restoring.open_newest(runtime, CheckpointStore(url), step)
     except SettingError as error:
-        raise _no_run_directory(settings, error) if url.startswith(settings.run.dir) else error
+        if url.startswith(settings.run.dir):
+            raise _no_run_directory(settings, error) from None
+        raise
     if opened is None:
         if asked != "auto":
             raise SettingError(f"run.resume={asked}: there is no whole checkpoint there.")

@@ -26,7 +26,6 @@ from orchestrator.resume.training import Place, Training
 from orchestrator.weights import state_variables
 
 _EACH_EPOCH = EveryEpochs(1)
-GRACE = 25.0  # below the 30 s that Kubernetes gives
 
 
 class StoreCheckpoint(keras.callbacks.Callback):
@@ -69,6 +68,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
         Preempted: On every rank, at the end of a step.
     """
 
+    GRACE = 25.0  # below the 30 s that Kubernetes gives
+
     def __init__(
         self,
         store: CheckpointStore | str,
@@ -84,7 +85,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
         settings: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__()
+        keras.callbacks.Callback.__init__(self)  # a subclass may be one of Keras's too
         self.store = CheckpointStore(store) if isinstance(store, str) else store
         self._policies = tuple(save) if isinstance(save, Iterable) else (save,)
         self._keep = tuple(keep)
@@ -109,6 +110,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Tries the store out, so that a wrong URL is known now, and goes on from what it holds."""
+        if hasattr(self, "_writer"):  # of a training that was interrupted in this process
+            self._runtime.on_root(self._writer.close)
         self._epochs = Epochs(calling_fit(), self._runtime.positions)
         self._training = Training(self._runtime, self.model, members(), self._epochs)
         self._writer = Writer(lambda: Snapshot(self.model), **self._options)

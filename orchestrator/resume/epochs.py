@@ -66,11 +66,11 @@ class Epochs:
         return tf.nest.map_structure(lambda one: getattr(one, "_value_specs", [one])[0], spec)
 
     def state(self) -> dict[str, Any]:
-        """Where the data are: passes begun, those trained on, batches in an epoch if known."""
+        """Where the data are: passes begun, those trained on, batches in a pass if known."""
         return {
             "passes": [position.passes for position in self._positions],
             "trained_on": sorted(self._training),
-            "batches": self._iterator.num_batches,
+            "batches": self._iterator._num_batches,
         }
 
     def resume(self, state: dict[str, Any], epoch: int, batch: int) -> None:
@@ -94,12 +94,13 @@ class Epochs:
                 f"to be continued {len(state['passes'])} times. Give it the same data, or start "
                 "afresh."
             )
-        one_pass = self._iterator.steps_per_epoch is not None
+        one_epoch = self._iterator.steps_per_epoch
+        one_pass = one_epoch is not None
         self._training = set(state["trained_on"])
         for index, position in enumerate(self._positions):
             position.passes, position.skip = state["passes"][index], 0
-            if index in self._training and one_pass:
-                position.passes, position.skip = 0, epoch * one_epoch(self._iterator) + batch
+            if index in self._training and one_epoch is not None:
+                position.passes, position.skip = 0, epoch * int(one_epoch) + batch
             elif index in self._training and batch:
                 position.passes, position.skip = position.passes - 1, batch
         self.begin()
@@ -123,13 +124,8 @@ class Epochs:
         for begin, end, iterator in batches:
             if read:
                 _read(iterator, end + 1 - begin, begin)
-            elif self._iterator.num_batches is None:
+            elif self._iterator._num_batches is None:
                 return  # where their number is not known there is no end
-
-
-def one_epoch(iterator: EpochIterator) -> int:
-    """Batches in an epoch, of a `fit` that was given `steps_per_epoch`."""
-    return int(iterator.steps_per_epoch)
 
 
 def _read(iterator: Any, number: int, first: int) -> None:

@@ -31,13 +31,14 @@ def state() -> dict[str, Any]:
 
 def restore(state: dict[str, Any]) -> None:
     """Sets all of them as they were."""
-    random.setstate(_to_python(state["python"]))
-    np.random.set_state(state["numpy"])
-    _eager_generator().setstate(_to_python(state["tensorflow_eager"]))
-    if state["tensorflow"] is not None:
-        tf.random.get_global_generator().state.assign(state["tensorflow"])
+    # First those that are seeded by others where they are not there yet.
     if state["keras"] is not None:
         seed_generator.global_seed_generator().state.assign(state["keras"])
+    if state["tensorflow"] is not None:
+        tf.random.get_global_generator().state.assign(state["tensorflow"])
+    _eager_generator().setstate(_to_python(state["tensorflow_eager"]))
+    random.setstate(_to_python(state["python"]))
+    np.random.set_state(state["numpy"])
 
 
 def _eager_generator() -> random.Random:

@@ -9,8 +9,8 @@ import pytest
 
 from orchestrator import callbacks
 
-OURS = ["CSVLogger", "EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"]
-ARGUMENTS = {"CSVLogger": ("x.csv",), "ModelCheckpoint": ("x.keras",)}
+OURS = ["BackupAndRestore", "CSVLogger", "EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"]
+ARGUMENTS = {"BackupAndRestore": ("x",), "CSVLogger": ("x.csv",), "ModelCheckpoint": ("x.keras",)}
 
 
 def parameters(kind: type) -> list[inspect.Parameter]:
