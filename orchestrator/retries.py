@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import errno
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from orchestrator.jitter import APART
+
 T = TypeVar("T")
 
-_STATUS = {408, 425, 429, 500, 502, 503, 504, 509}
+# GCS answers 404 or 410 to a part of a resumable upload whose session is over: the answer to the
+# last part got lost, or the service dropped it. The upload is to be begun anew
+# (https://cloud.google.com/storage/docs/json_api/v1/status-codes).
+_STATUS = {408, 410, 425, 429, 500, 502, 503, 504, 509}
+_SESSION = "upload_id="  # in the URL that gcsfs's FileNotFoundError names
 _CODES = {
     "InternalError", "OperationAborted", "RequestTimeout", "RequestTimeTooSkewed",
     "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
@@ -83,6 +88,8 @@ def transient(error: BaseException) -> bool:
             return False
         if isinstance(one, ConnectionError | TimeoutError) or number in _ERRNO:
             return True
+        if isinstance(one, FileNotFoundError) and _SESSION in str(one):
+            return True
         if any(kind.__name__ in _TYPES for kind in type(one).__mro__):
             return True
     return False
@@ -110,7 +117,7 @@ class Retry:
     cap: float = 8.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    draw: Callable[[], float] = random.random
+    draw: Callable[[], float] = APART.random
 
     def __post_init__(self) -> None:
         if self.budget < 0 or self.first <= 0 or self.cap < self.first:

@@ -163,10 +163,9 @@ class Runtime:
         """
         return agreement.on_all(self.communicator, function)
 
-    def reseed(self, seed: int) -> None:
-        """Seeds Python, NumPy and TensorFlow anew; does not communicate."""
-        self.seed = seed
-        keras.utils.set_random_seed(seed)
+    def reseed(self) -> None:
+        """Seeds Python, NumPy and TensorFlow anew, with `seed`; does not communicate."""
+        keras.utils.set_random_seed(self.seed)
 
     def say(self, message: str) -> None:
         """Prints a line, on rank 0 only."""

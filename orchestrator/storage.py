@@ -13,8 +13,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator import jitter
 from orchestrator.config import SettingError
-from orchestrator.retries import Retry, code, status
+from orchestrator.retries import Retry, code, status, transient
 
 MIB = 2**20
 PART = 16 * MIB
@@ -70,6 +71,7 @@ def resolve(
         ) from None
     except (TypeError, ValueError) as error:
         raise SettingError(f"{url}: {error}") from error
+    jitter.keep_apart()
     return fs, path
 
 
@@ -95,6 +97,7 @@ def explain(error: Exception, url: str) -> Exception:
     if denied or status(error) in (401, 403):
         return SettingError(f"{text} Check the credentials, and what they may do there.")
     missing = isinstance(error, FileNotFoundError) and code(error) is None and number is None
+    missing = missing and not transient(error)
     if (missing and fsspec.utils.get_protocol(url) in _EXTRAS) or code(error) == "NoSuchBucket":
         return SettingError(f"{text} There is no such bucket: make it, or correct the URL.")
     if isinstance(error, NotADirectoryError | FileExistsError) and os.path.exists(url):

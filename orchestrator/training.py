@@ -40,6 +40,8 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
     check_batch(settings.train.global_batch_size, runtime)
     parts = runtime.on_all(lambda: Parts.of(settings))
     opened = _opened(settings, runtime)
+    # Whatever was drawn until here (user code on import, a library's waits) does not count.
+    runtime.reseed()
     with contextlib.closing(opened) if opened else contextlib.nullcontext():
         directory = _open(settings, runtime)
         try:
@@ -133,7 +135,7 @@ def _opened(settings: Settings, runtime: Runtime) -> Opened | None:
         runtime.say(f"Changed since the run was begun: {change}")
     if any(change.startswith(("train.epochs", "callbacks")) for change in changes):
         state["stopped"] = False  # by what has been changed now, perhaps
-    runtime.reseed(state["seed"])
+    runtime.seed = state["seed"]
     return opened
 
 

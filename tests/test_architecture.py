@@ -16,6 +16,7 @@ PACKAGE = ROOT / "orchestrator"
 LAYERS = {
     "config": 0,
     "decisions": 0,
+    "jitter": 0,
     "retries": 0,
     "checkpoint.manifest": 0,
     "checkpoint.retention": 0,
@@ -23,6 +24,7 @@ LAYERS = {
     "launching.*": 1,
     "storage": 1,
     "kubernetes.*": 1,
+    "cluster": 2,
     "flags": 2,
     "gradients": 2,
     "optimizer": 2,
