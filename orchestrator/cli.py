@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator import cli_kubernetes
 from orchestrator.checkpoint.retention import Best, Keep, Last, Mode, Multiples
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 checkpoints = typer.Typer(no_args_is_help=True, help="Look after the checkpoints at a URL.")
 app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(cli_kubernetes.app, name="k8s")
 
 Url = Annotated[str, typer.Argument(help="Where the checkpoints are: a folder or any fsspec URL.")]
 

@@ -155,6 +155,8 @@ class Kubernetes(_Section):
         priority_class: The PriorityClass of the pods.
         queue: Kueue's LocalQueue.
         queue_priority: Kueue's WorkloadPriorityClass.
+        network_interface: Of the pods, between which the ranks connect: by default `eth0` under an
+            operator, and that of the default route in a `job`.
         max_restarts: Starts again after as many failures and, for `mpijob`, preemptions.
         max_hours: The job is stopped after them; by default never.
         keep_hours: A finished job is removed after them; by default never.
@@ -187,6 +189,7 @@ class Kubernetes(_Section):
     priority_class: Name | None = None
     queue: Name | None = None
     queue_priority: Name | None = None
+    network_interface: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,15}$")] | None = None
     max_restarts: int = Field(10, ge=0, le=10_000)
     max_hours: float | None = Field(None, gt=0, le=100_000)
     keep_hours: float | None = Field(None, ge=0, le=100_000)

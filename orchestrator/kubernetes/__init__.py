@@ -1,0 +1,1 @@
+"""From settings to Kubernetes manifests, and whether manifests are right; touches no cluster."""

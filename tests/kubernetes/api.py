@@ -1,0 +1,173 @@
+"""An API server's stand-in: it keeps objects, records requests, and plays a job's attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+import yaml
+
+JOBS = ("jobs", "mpijobs", "trainjobs")
+
+
+class Attempt(NamedTuple):
+    """How a job goes once it is made: its pods' exit codes, one after the other.
+
+    Attributes:
+        codes: Of rank 0's pods; with each but the last another pod starts.
+        reason: The last pod's, such as Evicted.
+    """
+
+    codes: tuple[int, ...]
+    reason: str = ""
+
+
+class Server(ThreadingHTTPServer):
+    """Args: attempts: For each time that the job is made."""
+
+    daemon_threads = True
+
+    def __init__(self, attempts: list[Attempt], first: dict[str, str]) -> None:
+        self.attempts = attempts
+        self.first = first
+        self.requests: list[str] = []
+        self.bodies: list[Any] = []
+        self.objects: dict[str, Any] = {}
+        self.pods: list[dict[str, Any]] = []
+        self.playing: tuple[str, list[int], str] | None = None
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def start_pod(self) -> None:
+        index = len(self.pods)
+        labels = {"app.kubernetes.io/instance": "train", **self.first}
+        self.pods.append(
+            {
+                "metadata": {
+                    "name": f"train-{index}",
+                    "uid": f"uid-{index}",
+                    "labels": labels,
+                    "creationTimestamp": f"2026-01-01T00:00:{index:02d}Z",
+                },
+                "status": {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]},
+            }
+        )
+
+    def end_pod(self) -> None:
+        """The pod that runs ends with the next code; the last of them ends the job."""
+        assert self.playing is not None
+        path, codes, reason = self.playing
+        code = codes.pop(0)
+        status = self.pods[-1]["status"]
+        status["phase"] = "Failed" if code else "Succeeded"
+        status["containerStatuses"] = [{"state": {"terminated": {"exitCode": code}}}]
+        if codes:
+            self.start_pod()
+            return
+        if reason:
+            status["reason"] = reason
+        good = "Complete" if path.split("/")[-2] == "jobs" else "Succeeded"
+        condition = {"type": "Failed" if code else good, "status": "True", "reason": "Played"}
+        self.objects[path]["status"] = {"conditions": [condition]}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _serve(self) -> None:
+        url = urllib.parse.urlparse(self.path)
+        self.server.requests.append(f"{self.command} {self.path}")
+        length = int(self.headers.get("Content-Length", 0))
+        body = json.loads(self.rfile.read(length)) if length else None
+        self.server.bodies.append(copy.deepcopy(body))
+        assert self.headers["Authorization"] == "Bearer token-of-the-test"
+        found = self.server.objects.get(url.path)
+        if log := re.fullmatch(r".*/pods/(train-\d+)/log", url.path):
+            self._log(log[1], follow="follow=true" in url.query)
+        elif url.path.endswith("/pods"):
+            self._answer(200, {"items": self.server.pods})
+        elif self.command == "PATCH":
+            assert self.headers["Content-Type"] == "application/apply-patch+yaml"
+            self.server.objects[url.path] = body
+            self._answer(200, body)
+        elif self.command == "POST":
+            self._create(url.path, body or {})
+        elif found is None:
+            self._answer(404, {"kind": "Status", "reason": "NotFound"})
+        elif self.command == "DELETE":
+            del self.server.objects[url.path]
+            self._answer(200, {"kind": "Status"})
+        else:
+            self._answer(200, found)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = _serve
+
+    def _create(self, path: str, body: dict[str, Any]) -> None:
+        path = f"{path}/{body['metadata']['name']}"
+        if path in self.server.objects:
+            self._answer(409, {"kind": "Status", "reason": "AlreadyExists"})
+            return
+        self.server.objects[path] = body
+        if path.split("/")[-2] in JOBS and self.server.attempts:
+            attempt = self.server.attempts.pop(0)
+            self.server.playing = (path, list(attempt.codes), attempt.reason)
+            self.server.start_pod()
+        self._answer(201, body)
+
+    def _log(self, pod: str, *, follow: bool) -> None:
+        self.send_response(200)
+        self.end_headers()
+        for line in (f"{pod}: epoch 1", f"{pod}: épilogue"):
+            self.wfile.write(f"{line}\n".encode())
+            self.wfile.flush()
+        if follow:
+            self.server.end_pod()
+
+    def _answer(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving(*attempts: Attempt, first: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that runs while the block does."""
+    labels = first or {"app.kubernetes.io/component": "launcher"}
+    server = Server(list(attempts), labels)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def kubeconfig(server: Server) -> str:
+    """A kubeconfig for it."""
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    return yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": url}}],
+            "users": [{"name": "me", "user": {"token": "token-of-the-test"}}],
+            "contexts": [
+                {"name": "test", "context": {"cluster": "test", "user": "me", "namespace": "ml"}}
+            ],
+        }
+    )
