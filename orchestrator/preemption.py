@@ -151,10 +151,10 @@ class Watch:
         _end(128 + number, f"{what} {self._grace:g} s ago, and no checkpoint committed since")
 
     def _poll(self) -> None:
-        while not self._ended.wait(self._every):
-            if is_there(self._notice or ""):
-                self._tell(f"{self._notice} is there")
+        while not is_there(self._notice or ""):
+            if self._ended.wait(self._every):
                 return
+        self._tell(f"{self._notice} is there")
 
 
 def is_there(notice: str) -> bool:

@@ -485,6 +485,24 @@ def test_a_good_run_from_a_shell_is_quiet(here):
     assert re.search(r"digest [0-9a-f]{16}", result.stdout)
 
 
+def test_a_notice_ends_a_run_that_then_goes_on(here):
+    notice = here / "notice"
+    notice.touch()
+    words = ("train.epochs=3", f"run.preempt_notice={notice}")
+    stopped = start(here, *words)
+    assert stopped.returncode == 75
+    assert f"Preempted ({notice} is there on rank 0)" in stopped.stderr
+    outcome = json.loads((here / "run/outcome.json").read_text())
+    assert (outcome["exit_code"], outcome["epoch"]) == (75, 0)
+    (saved,) = [e["step"] for e in events(here / "run") if "state" in e]
+    assert saved == outcome["step"] > 0
+    notice.unlink()
+    ended = start(here, *words)
+    assert ended.returncode == 0
+    assert f"(step {saved}) from run/checkpoints" in ended.stdout
+    assert [e["kind"] for e in events(here / "run") if e["kind"] == "preempt"] == ["preempt"]
+
+
 def test_the_example_is_short_and_needs_nothing_of_ours():
     text = (ROOT / "launch/digits.py").read_text()
     assert len(text.splitlines()) < 80

@@ -1,11 +1,13 @@
 """What tools/torture trains: a small network with everything in it that a resume could forget.
 
-Dropout, augmentation, BatchNormalization; shuffled arrays. Its steps take a while, and tell how
-many were made: the folder named by TORTURE_FOLDER holds a process id and a count for each rank.
+Dropout, augmentation, BatchNormalization; shuffled arrays. And the digits of launch/digits.py.
+Steps take a while, and tell how many were made: the folder named by TORTURE_FOLDER holds a process
+id and a count for each rank.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import time
@@ -71,6 +73,22 @@ def model() -> keras.Model:
     )
     net.compile(
         keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    return net
+
+
+def digits_data(global_batch_size: int, seed: int):
+    """Those of launch/digits.py: a `tf.data.Dataset` that shuffles by itself."""
+    _tell("pid", os.getpid())
+    return importlib.import_module("digits").data(global_batch_size, seed)
+
+
+def digits_model() -> keras.Model:
+    """That of launch/digits.py, with steps that take a while."""
+    layers = importlib.import_module("digits").model().layers
+    net = keras.Sequential([keras.Input((8, 8, 1)), Pace(), *layers])
+    net.compile(
+        keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
     )
     return net
 

@@ -70,6 +70,7 @@ def test_four_horovod_ranks_train_the_digits(tmp_path):
     assert job.returncode == 0, job.stdout + job.stderr
 
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    events = [event for event in events if "state" not in event]  # written by a thread, any time
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "start"
     assert kinds[-3:] == ["stop", "restore", "end"]
@@ -90,6 +91,7 @@ def test_four_horovod_ranks_train_the_digits(tmp_path):
     assert writers == {"0"}
     assert {path.name for path in run_dir.iterdir()} == {
         "best_model.keras",
+        "checkpoints",
         "config.yaml",
         "events.jsonl",
         "history.csv",

@@ -88,6 +88,9 @@ class ThreadCommunicator:
     def abort(self, code: int) -> None:
         raise Aborted(f"abort({code}) on rank {self.rank}")
 
+    def lost(self, error: BaseException) -> bool:
+        return isinstance(error, threading.BrokenBarrierError)
+
     def sum_gradients(
         self, buckets: Sequence[Sequence[Any]], name: str, wire: str | None = None
     ) -> list[list[Any]]:
