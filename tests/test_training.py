@@ -499,7 +499,7 @@ def test_a_notice_ends_a_run_that_then_goes_on(here):
     notice.unlink()
     ended = start(here, *words)
     assert ended.returncode == 0
-    assert f"(step {saved}) from run/checkpoints" in ended.stdout
+    assert f"(step {saved}) from {here}/run/checkpoints" in ended.stdout
     assert [e["kind"] for e in events(here / "run") if e["kind"] == "preempt"] == ["preempt"]
 
 
