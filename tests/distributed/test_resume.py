@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,36 @@ def test_ranks_of_any_number_go_on_for_each_other(tmp_path):
     # A notice in step n is seen after the next one at the latest.
     assert stops[0][2] in (15, 16)
     assert [e["ranks_before"] for e in events if e["kind"] == "resume"] == [2, 3]
+
+
+def test_mirrored_replicas_go_on_to_the_same_bytes(tmp_path):
+    """Two CPU replicas, told in their second epoch; the digits, which shuffle by themselves."""
+    words = ["run.backend=mirrored", "run.replicas=2", "run.deterministic=true", "train.epochs=3"]
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "launch/train.py", *words, f"run.dir={tmp_path / name}"]
+        return subprocess.Popen(
+            [*command, "checkpoint.every_steps=9"],
+            cwd=ROOT,
+            env=launcher.environment(),
+            stdout=subprocess.DEVNULL,
+        )
+
+    assert start("whole").wait(200) == 0
+    process = start("parts")
+    while not (tmp_path / "parts/checkpoints/step-0000000027/manifest.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(200) == 75
+    assert start("parts").wait(200) == 0
+    texts = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "parts")]
+    assert texts[0] == texts[1]
+    lines = [
+        (tmp_path / name / "events.jsonl").read_text().splitlines() for name in ("whole", "parts")
+    ]
+    ends = [json.loads(one[-1]) for one in lines]
+    assert ends[0]["weights"] == ends[1]["weights"]
 
 
 @pytest.mark.parametrize("mpi", [False, True], ids=["horovod", "mpi"])
