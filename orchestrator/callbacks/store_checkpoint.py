@@ -124,7 +124,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
         self._epoch = place.epoch
         self._before = place.step - place.batch  # steps, by the last epoch's end
         self._batches = 0
-        self._last = self._now()
+        self._last = Moment(place.epoch, place.step, self._clock())
         if self._grace is not None:
             notice = self._notice if self._runtime.is_root else None
             self._watch = Watch(self._heard, grace=self._grace, notice=notice).__enter__()
@@ -205,8 +205,11 @@ class StoreCheckpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Saves where epochs say so, with the epoch's metrics."""
         self._epoch = epoch + 1
-        if self._runtime.flags.seen("save") or self._due(self._last.time):
+        asked = self._runtime.flags.seen("save") and self._now().step > self._last.step
+        if asked or self._due(self._last.time):
             self._save(logs or {}, {}, 0)
+        elif self._now().step == self._last.step:  # saved with the epoch's last batch
+            self._last = dataclasses.replace(self._last, epoch=self._epoch)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Waits until all is written."""
@@ -234,7 +237,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
             self._save({}, logs, self._batches)
         self._runtime.on_root(self._writer.close)
         reasons = self._runtime.communicator.allgather_object(getattr(self, "_why", None))
-        rank, why = next((rank, why) for rank, why in enumerate(reasons) if why)
+        told = ((rank, why) for rank, why in enumerate(reasons) if why)
+        rank, why = next(told, (0, "a notice"))
         step = self._last.step
         self._runtime.events.emit("preempt", epoch=self._epoch, step=step, rank=rank, notice=why)
         if self._watch is not None:

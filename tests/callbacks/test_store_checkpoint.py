@@ -13,10 +13,12 @@ import pytest
 
 import orchestrator
 from orchestrator import callbacks
+from orchestrator import runtime as runtimes
 from orchestrator.checkpoint.retention import Best, EveryEpochs, EveryMinutes, EverySteps, Last
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import SettingError
+from orchestrator.preemption import Preempted
 from orchestrator.runtime import Runtime
 from tests.callbacks.models import X, fit, make
 from tests.fakes import FakeCommunicator, Recorder
@@ -175,3 +177,35 @@ def test_restore_from_nothing(url):
     assert orchestrator.restore(model, CheckpointStore(url)) is None
     for one, two in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+class Notice(keras.callbacks.Callback):
+    """Raises the flag that a signal raises, before a step."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        super().__init__()
+        self._when, self._epoch = (epoch, batch), -1
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if (self._epoch, batch) == self._when:
+            runtimes.current().flags.up("preempt")
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2], ids=["first", "middle", "last of the epoch"])
+def test_a_notice_ends_training_which_goes_on_from_there(url, batch):
+    runtime = Runtime(SingleCommunicator())
+    with runtime.use():
+        expected = fit(make(), epochs=4, shuffle=False).history
+        saver = callbacks.StoreCheckpoint(url, preempt_grace=None)
+        with pytest.raises(Preempted) as caught:
+            fit(make(), Notice(1, batch), saver, epochs=4, shuffle=False)
+        assert (caught.value.epoch, caught.value.step) == (1, 3 + batch + 1)
+        assert steps(url)[-1] == (3 + batch + 1, 0)
+        runtime.events = recorder = Recorder()
+        saver = callbacks.StoreCheckpoint(url, preempt_grace=None, resume=True)
+        assert fit(make(), saver, epochs=4, shuffle=False).history == expected
+    saved = [event["step"] for event in recorder.events if event["kind"] == "checkpoint"]
+    assert saved == [6, 9, 12][batch == 2 :], "no step is saved twice"
