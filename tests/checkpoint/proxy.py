@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
+import json
+import re
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_BODY = b"<Error><Code>SlowDown</Code><Message>storm</Message></Error>"
-_UNAVAILABLE = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/xml\r\n"
-    b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
-)
 _BLOCK = 2**16
+_REQUEST = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.1\r\n")
+_WHO = {
+    401: "Anonymous caller",
+    403: "trainer@project.iam.gserviceaccount.com",
+}
+_REASONS = {401: "required", 403: "forbidden", 404: "notFound", 410: "gone"}
+
+
+def _answer(status: int, kind: str, body: bytes) -> bytes:
+    head = (
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _gcs_error(status: int) -> bytes:
+    """The error of GCS's JSON API (https://cloud.google.com/storage/docs/json_api/v1/status-codes)."""
+    message = http.HTTPStatus(status).phrase
+    if status in _WHO:
+        message = (
+            f"{_WHO[status]} does not have storage.objects.create access to the Google Cloud "
+            "Storage object. Permission 'storage.objects.create' denied on resource (or it may "
+            "not exist)."
+        )
+    why = {"message": message, "domain": "global", "reason": _REASONS[status]}
+    error = {"code": status, "message": message, "errors": [why]}
+    return _answer(status, "application/json", json.dumps({"error": error}).encode())
+
+
+_UNAVAILABLE = _answer(
+    503, "application/xml", b"<Error><Code>SlowDown</Code><Message>storm</Message></Error>"
+)
 
 
 @dataclass(frozen=True)
@@ -24,14 +55,17 @@ class Fault:
     Attributes:
         kind: `none`; `refuse` (reset at once); `cut` (reset once `after` bytes were sent);
             `stall` (nothing passes for `seconds` once `after` bytes were sent); `slow` (`rate`
-            bytes a second); `unavailable` (503 to each request); `deaf` (the request passes and
-            the connection is reset in place of the answer).
+            bytes a second); `unavailable` (503 to each request); `denied` (`status` to each
+            request, as GCS words it); `deaf` (the request passes and the connection is reset in
+            place of the answer).
         after: Bytes that still pass, from the client, over all connections.
-        seconds: How long a stall lasts.
+        seconds: How long a stall lasts, or, from the first one on, `unavailable`.
         rate: Bytes a second and connection.
         times: How often it happens before all is well again; without end if `None`.
-        method: Only requests that begin with these bytes, such as `PUT`; for `unavailable` and
-            `deaf`.
+        method: Only requests that begin with one of these, such as `PUT`; for `unavailable`,
+            `denied` and `deaf`, as is `skip`.
+        skip: Such requests that go well before the first that does not.
+        status: 401, 403, 404 or 410; for `denied`.
     """
 
     kind: str = "none"
@@ -39,7 +73,9 @@ class Fault:
     seconds: float = 0.0
     rate: int = 0
     times: int | None = None
-    method: bytes = b""
+    method: bytes | tuple[bytes, ...] = b""
+    skip: int = 0
+    status: int = 403
 
 
 class Proxy:
@@ -56,6 +92,8 @@ class Proxy:
         self.hits = 0
         self.passed = 0
         self._fault = Fault()
+        self._matched = 0
+        self._begun = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -73,7 +111,7 @@ class Proxy:
         """Begins a fault, for living connections too."""
 
         async def change() -> None:
-            self._fault, self.passed = fault, 0
+            self._fault, self.passed, self._matched = fault, 0, 0
             self.hits = self.hits if fault == Fault() else 0
             if fault.kind == "refuse":
                 self._reset_all()
@@ -100,17 +138,28 @@ class Proxy:
         for writer in list(self._writers):
             _reset(writer)
 
-    def _happens(self, data: bytes) -> bool:
+    def _happens(self) -> bool:
         fault = self._fault
-        if fault.method and not data.startswith(fault.method):
-            return False
         if fault.times is not None and self.hits >= fault.times:
             return False
         self.hits += 1
         return True
 
+    def _happens_to(self, data: bytes) -> bool:
+        fault = self._fault
+        if not (_REQUEST.match(data) and data.startswith(fault.method)):
+            return False
+        self._matched += 1
+        if self._matched <= fault.skip:
+            return False
+        now = self._loop.time()
+        self._begun = self._begun if self.hits else now
+        if fault.seconds and now - self._begun > fault.seconds:
+            return False
+        return self._happens()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._fault.kind == "refuse" and self._happens(b""):
+        if self._fault.kind == "refuse" and self._happens():
             _reset(writer)
             return
         try:
@@ -145,23 +194,20 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := await reader.read(_BLOCK):
                 fault = self._fault
-                if fault.kind == "unavailable" and self._happens(data):
-                    client.write(_UNAVAILABLE)
+                if fault.kind in ("unavailable", "denied") and self._happens_to(data):
+                    denied = fault.kind == "denied"
+                    client.write(_gcs_error(fault.status) if denied else _UNAVAILABLE)
                     await client.drain()
-                    # Closing at once would reset, and the answer with it.
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(0.5):
-                            while await reader.read(_BLOCK):
-                                pass
+                    await _linger(reader)
                     return
-                if fault.kind == "deaf" and self._happens(data):
+                if fault.kind == "deaf" and self._happens_to(data):
                     deaf.set()
                 over = self.passed + len(data) > fault.after
-                if fault.kind == "cut" and over and self._happens(b""):
+                if fault.kind == "cut" and over and self._happens():
                     _reset(client)
                     _reset(upstream)
                     return
-                if fault.kind == "stall" and over and self._happens(b""):
+                if fault.kind == "stall" and over and self._happens():
                     await asyncio.sleep(fault.seconds)
                 if fault.kind == "slow" and fault.rate:
                     await asyncio.sleep(len(data) / fault.rate)
@@ -179,6 +225,14 @@ class Proxy:
                     return
                 client.write(data)
                 await client.drain()
+
+
+async def _linger(reader: asyncio.StreamReader) -> None:
+    # Closing at once would reset, and the answer with it.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            while await reader.read(_BLOCK):
+                pass
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

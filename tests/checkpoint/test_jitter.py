@@ -18,7 +18,7 @@ def test_waits_are_drawn_apart(remote):
     store.save(files(1, 3000), step=1)
     before = random.getstate()
     remote.fault(Fault("unavailable", times=2))
-    store.save(files(2, 3000), step=2)
+    made = store.save(files(2, 3000), step=2)
     assert remote.hits == 2
-    assert store.latest().step == 2
+    assert store.latest() == made
     assert random.getstate() == before

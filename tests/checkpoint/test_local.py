@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import stat
+import subprocess
+import time
 
 import pytest
 
 from orchestrator.checkpoint.local import LocalPlace
 from orchestrator.checkpoint.retention import Last
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import SettingError
 from tests.checkpoint.targets import expected, files
+from tests.disks import NotHereError, small_disk
 
 
 @pytest.fixture
@@ -133,3 +138,81 @@ def test_an_empty_folder_of_a_dead_writer_is_removed_when_old(tmp_path):
 
 def test_a_place_of_its_own_lists_nothing_where_nothing_is(tmp_path):
     assert LocalPlace(str(tmp_path / "nowhere")).tree() == {}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder with a mount of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(small_disk(folder, 2**20))
+        except NotHereError as reason:
+            pytest.skip(str(reason))
+        yield folder
+
+
+def remount(folder, how: str) -> None:
+    """Makes a mount read-only (`ro`) or writable again (`rw`)."""
+    command = ["mount", "-o", f"remount,{how}", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=10)
+
+
+READ_ONLY = r"Read-only file system.*Nothing can be written there; choose another place"
+
+
+def below(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_read_only_disk_is_known_at_once_and_can_be_read(disk):
+    store = CheckpointStore(disk / "store")
+    store.save(files(1), step=1)
+    store.save(files(2), step=2)
+    before = below(disk)
+    remount(disk, "ro")
+    begin = time.monotonic()
+    for url in (disk / "store", disk / "new" / "store"):
+        with pytest.raises(SettingError, match=READ_ONLY):
+            CheckpointStore(url).preflight()
+        with pytest.raises(SettingError, match=READ_ONLY):
+            CheckpointStore(url).save(files(3), step=3)
+    with pytest.raises(SettingError, match=READ_ONLY):
+        store.prune([Last(1)])
+    assert time.monotonic() - begin < 5, "nothing was tried again"
+    assert below(disk) == before
+    assert [verdict.problem for verdict in store.verify()] == [None, None]
+    with CheckpointStore(disk / "store").newest() as newest:
+        assert newest is not None
+        assert newest.checkpoint.step == 2
+
+
+def test_a_disk_that_turns_read_only_in_a_save(disk):
+    """As ext4 does on an error: what was there stays whole, and the half is gone once it can be."""
+    store = CheckpointStore(disk / "store")
+    store.save(files(1), step=1)
+    before = below(disk)
+
+    def turn(path: str) -> None:
+        remount(disk, "ro")
+        with open(path, "wb"):
+            pass
+
+    with pytest.raises(SettingError, match=READ_ONLY):
+        store.save({**files(2), "z": turn}, step=2)
+    with store.newest() as newest:
+        assert newest is not None
+        assert newest.checkpoint.step == 1
+    remount(disk, "rw")
+    assert len(store.prune(older_than=-60).leftovers) == len(files(2))
+    assert below(disk) == before
+
+
+def test_a_read_only_spool_is_known_at_once(disk):
+    remount(disk, "ro")
+    for spool in (disk, disk / "new"):
+        store = CheckpointStore("memory://read-only-spool", spool=str(spool))
+        with pytest.raises(SettingError, match=READ_ONLY):
+            store.save(files(1), step=1)
+        assert list(store.verify()) == []

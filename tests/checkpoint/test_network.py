@@ -8,16 +8,40 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from orchestrator import storage
-from orchestrator.checkpoint import manifest, saving
+from orchestrator.checkpoint import manifest, objects, saving
 from orchestrator.checkpoint.saving import ConflictError
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
 from orchestrator.retries import Retry
 from tests.checkpoint.proxy import Fault
 from tests.checkpoint.targets import QUICK, content, files
+from tests.checkpoint.victim import PART
 
 pytestmark = pytest.mark.servers
 S3_ONLY = pytest.mark.parametrize("remote", ["s3", "moto"], indirect=True)
+SEAWEEDFS_ONLY = pytest.mark.parametrize("remote", ["s3"], indirect=True)
+GCS_ONLY = pytest.mark.parametrize("remote", ["gcs"], indirect=True)
+LARGE = 2 * PART + 12345  # three parts
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+    monkeypatch.setattr(objects, "PART", PART)
+
+
+def chunks(store: CheckpointStore) -> list[str]:
+    """Filled with the ranges of bytes that go by GCS's resumable uploads from here on."""
+    seen: list[str] = []
+    fs = store._catalog.place.fs  # pyright: ignore[reportAttributeAccessIssue] - it is remote
+    real = fs._request
+
+    async def request(method: str, path: str, *args, **named):
+        if "upload_id=" in path and method == "POST":
+            seen.append(named["headers"]["Content-Range"])
+        return await real(method, path, *args, **named)
+
+    fs._request = request
+    return seen
 
 
 def test_no_such_bucket_is_known_at_the_start(remote):
@@ -25,12 +49,14 @@ def test_no_such_bucket_is_known_at_the_start(remote):
     begin = time.monotonic()
     with pytest.raises(SettingError, match=r"no-such-bucket.*There is no such bucket: make it"):
         CheckpointStore(url, **remote.options).preflight()
-    with pytest.raises(SettingError, match="There is no such bucket"):
-        CheckpointStore(url, spool=str(remote.spool), **remote.options).save(files(1), step=1)
+    store = CheckpointStore(url, spool=str(remote.spool), **remote.options)
+    for size in (3000, LARGE):
+        with pytest.raises(SettingError, match="There is no such bucket"):
+            store.save(files(1, size), step=1)
     assert time.monotonic() - begin < 10
 
 
-@pytest.mark.parametrize("remote", ["s3"], indirect=True)
+@SEAWEEDFS_ONLY
 @pytest.mark.parametrize("wrong", [{"key": "reader"}, {"key": "nobody"}, {"secret": "guessed"}])
 def test_no_permission_is_known_at_the_start(remote, wrong):
     store = remote.store(**wrong)
@@ -43,9 +69,74 @@ def test_no_permission_is_known_at_the_start(remote, wrong):
     assert remote.paths() == []
 
 
-@S3_ONLY
+@GCS_ONLY
+@pytest.mark.parametrize(
+    ("fault", "size"),
+    [
+        (Fault("denied"), 3000),
+        (Fault("denied", status=401), 3000),
+        (Fault("denied", method=b"POST"), 3000),
+        (Fault("denied", method=b"POST"), LARGE),
+        (Fault("denied", method=b"POST", skip=2), LARGE),
+    ],
+    ids=["nothing", "nobody", "read", "read, large", "withdrawn between two chunks"],
+)
+def test_gcs_denies_at_once(remote, fault, size, caplog):
+    """fake-gcs-server has no permissions: the proxy answers for it."""
+    store = CheckpointStore(remote.url, spool=str(remote.spool), **remote.options)
+    words = (
+        r"storage\.objects\.create access(.|\n)*Check the credentials, and what they may do there"
+    )
+    begin = time.monotonic()
+    remote.fault(fault)
+    with pytest.raises(SettingError, match=words):
+        store.save(files(1, size), step=1)
+    assert remote.hits == 1
+    if fault.skip == 0:
+        remote.fault(fault)
+        with pytest.raises(SettingError, match=words):
+            store.preflight()
+        assert remote.hits == 1
+    assert time.monotonic() - begin < 5
+    assert "follows in" not in caplog.text
+    remote.fault(Fault())
+    assert remote.leftovers() == []
+
+
+@GCS_ONLY
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("deaf", method=b"POST", skip=3, times=1),
+        Fault("denied", method=b"POST", skip=2, times=1, status=410),
+    ],
+    ids=["the last answer is lost", "gone"],
+)
+def test_a_resumable_upload_whose_session_is_over_is_begun_anew(remote, fault):
+    store = remote.store()
+    seen = chunks(store)
+    remote.fault(fault)
+    store.save(files(1, LARGE), step=1)
+    assert remote.hits == 1
+    first = f"bytes 0-{PART - 1}/{LARGE}"
+    last = f"bytes {2 * PART}-{LARGE - 1}/{LARGE}"
+    assert seen.count(first) == 2
+    assert seen[-3:] == [first, f"bytes {PART}-{2 * PART - 1}/{LARGE}", last]
+    assert [verdict.problem for verdict in store.verify()] == [None]
+    assert remote.leftovers() == []
+
+
+@GCS_ONLY
+def test_sessions_that_are_always_over_are_no_missing_bucket(remote):
+    remote.fault(Fault("denied", method=b"POST", skip=1, status=404))
+    with pytest.raises(FileNotFoundError, match="upload_id="):
+        remote.store(Retry(budget=0)).save(files(1, LARGE), step=1)
+    assert remote.hits == 1
+
+
+@SEAWEEDFS_ONLY
 def test_nobody_there(remote, caplog):
-    """The budget ends it; the tries are logged."""
+    """The budget ends it; the tries are logged. (gcsfs's own tries before ours take long.)"""
     remote.fault(Fault("refuse"))
     store = remote.store(Retry(budget=1, first=0.1, cap=0.2))
     with pytest.raises(Exception, match=f"127.0.0.1:{remote.server.proxy.port}"):
@@ -55,7 +146,7 @@ def test_nobody_there(remote, caplog):
     assert "failed 3 times in" in caplog.text
 
 
-@S3_ONLY
+@SEAWEEDFS_ONLY
 def test_a_passing_storm_is_not_seen(remote):
     store = remote.store()
     made = store.save(files(1), step=1)
@@ -135,18 +226,26 @@ def test_unfinished_multipart_uploads_are_aborted_when_old(remote):
     assert [key.startswith(f"{prefix}-other") for key in remote.uploads()] == [True]
 
 
-@pytest.mark.parametrize("remote", ["s3"], indirect=True)
-def test_replace_survives_a_storm(remote, monkeypatch):
+@pytest.mark.parametrize(
+    ("remote", "fault", "data"),
+    [
+        ("s3", Fault("unavailable", times=4), b"whole"),
+        ("gcs", Fault("deaf", method=b"POST", skip=1, times=1), b"resumable" * 2**20),
+    ],
+    indirect=["remote"],
+    ids=["s3: storm", "gcs: the last answer is lost"],
+)
+def test_replace_survives(remote, fault, data, monkeypatch):
     url = f"{remote.url}/best.keras"
     resolve = storage.resolve
     monkeypatch.setattr(storage, "resolve", lambda name, _=None: resolve(name, remote.options))
-    remote.fault(Fault("unavailable", times=4))
-    storage.replace(url, content(b"whole"), QUICK)
-    assert remote.read("best.keras") == b"whole"
-    assert remote.hits == 4
+    remote.fault(fault)
+    storage.replace(url, content(data), QUICK)
+    assert remote.hits == fault.times
+    assert remote.read("best.keras") == data
 
 
-@pytest.mark.parametrize("remote", ["s3"], indirect=True)
+@SEAWEEDFS_ONLY
 def test_a_server_that_alters_what_it_keeps_is_found_out(remote, monkeypatch):
     store = remote.store()
     fs = remote.fs

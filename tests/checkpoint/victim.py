@@ -2,7 +2,8 @@
 
 `python -m tests.checkpoint.victim` reads one JSON line an attempt, forks, and answers with how
 the child ended. Importing the clients takes a second, forking none; nothing here has a thread or
-a connection before the fork.
+a connection before the fork. The child connects before its clock starts, so that the moments it
+is killed at are moments of the save and of the prune.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint import local, objects
+from orchestrator.checkpoint import local, objects, saving
 from orchestrator.checkpoint.retention import Last
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.retries import Retry
@@ -35,11 +36,12 @@ class Points:
     """Counts the moments between and in writes, keeps them on file, dies at one of them.
 
     Args:
-        path: Where `[count, phase, committed]` stands for whoever looks after the kill.
-        die_at: The point to die at; never if negative.
+        path: Where the last point and whether the step is committed stand after the kill.
+        die_at: The name of the point to die at and how many of that name come first; never if
+            `None`.
     """
 
-    def __init__(self, path: str, die_at: int) -> None:
+    def __init__(self, path: str, die_at: tuple[str, int] | None) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self._die_at = die_at
         self._lock = threading.Lock()
@@ -51,10 +53,11 @@ class Points:
         """One point."""
         with self._lock:
             name = f"{self.phase}: {label}"
+            here = (name, self.seen.count(name))
             self.seen.append(name)
             record = json.dumps({"phase": name, "committed": self.committed})
             os.pwrite(self._file, record.ljust(200).encode(), 0)
-            if len(self.seen) - 1 == self._die_at:
+            if here == self._die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, function: Callable, label: Callable[..., str]) -> Callable:
@@ -105,15 +108,20 @@ def _what(path: str, named: dict[str, Any]) -> str:
 def attempt(order: dict[str, Any]) -> None:
     """Saves a step in pieces, then prunes."""
     objects.PART = PART
-    points = Points(order["status"], order.get("die_at", -1))
+    die_at = order.get("die_at")
+    points = Points(order["status"], die_at and tuple(die_at))
     retry = Retry(budget=5, first=0.05, cap=0.5)
-    store = CheckpointStore(order["url"], retry=retry, spool=order["spool"], **order["options"])
+    options = {"retry": retry, "spool": order["spool"], **order["options"]}
+    CheckpointStore(order["url"], **options).latest()  # the connections are this filesystem's
+    store = CheckpointStore(order["url"], **options)
     watch(points, store._catalog.place)
+    files = _files(points, order)
     if order.get("delay") is not None:
         threading.Thread(target=_die_after, args=(order["delay"],), daemon=True).start()
     begin = time.monotonic()
     points.phase = "save"
-    store.save(_files(points, order), step=order["step"], metrics={"loss": 1.0 / order["step"]})
+    points("begin")
+    store.save(files, step=order["step"], metrics={"loss": 1.0 / order["step"]})
     points.committed = True
     points.phase = "delete"
     points("begin")
@@ -189,6 +197,7 @@ def main() -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     for client in ("gcsfs", "s3fs"):
         importlib.import_module(client)  # once, not in every fork
+    saving.draft({"x": str}, 1, None, None, 1)  # so are the libraries' versions read
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
