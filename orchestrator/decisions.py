@@ -171,3 +171,17 @@ def batches_due(state: BatchCount, batch: int, every: int) -> tuple[BatchCount, 
     since = state.since_save + seen
     due = since >= every
     return BatchCount(0 if due else since, batch), due
+
+
+Scaling = Literal["linear", "sqrt"]
+SCALINGS = ("linear", "sqrt")
+
+
+def scaled(learning_rate: float, factor: float, rule: Scaling) -> float:
+    """A learning rate for a batch `factor` times as large."""
+    return learning_rate * (factor if rule == "linear" else math.sqrt(factor))
+
+
+def warmed_up(start: float, end: float, epochs: float, at: float) -> float:
+    """From `start` to `end` in a straight line of `epochs`, and then `end`; `at` has fractions."""
+    return end if at >= epochs else start + (end - start) * at / epochs

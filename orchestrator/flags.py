@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-NAMES = ("failed", "save", "preempt")
+NAMES = ("failed", "save", "preempt", "nan")
 
 
 class Flags:

@@ -16,7 +16,12 @@ from orchestrator import storage
 from orchestrator.checkpoint import retention
 from orchestrator.config import SettingError, Settings, UserFunction, nearest
 
-_ADDED_ANYWAY = ("BackupAndRestore", "GlobalMetrics", "StoreCheckpoint")
+# Done in each run anyway; or given functions or callbacks, which a settings file cannot hold.
+_NOT_IN_SETTINGS = (
+    *("BackupAndRestore", "BroadcastGlobalVariables", "BroadcastGlobalVariablesCallback"),
+    *("GlobalMetrics", "MetricAverage", "MetricAverageCallback", "StoreCheckpoint"),
+    *("LambdaCallback", "LearningRateScheduler", "RankAware", "RankZero", "scaled_learning_rate"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def call(section: str, user: UserFunction, function: Callable[..., Any], **given
 
 def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any]:
     """A checked entry of `callbacks`, to be made once the model is there."""
-    names = [name for name in ours.__all__ if name not in _ADDED_ANYWAY]
+    names = [name for name in ours.__all__ if name not in _NOT_IN_SETTINGS]
     if len(entry) != 1:
         raise SettingError(f"callbacks: each entry is one name with its arguments, got {entry}.")
     ((name, arguments),) = entry.items()
@@ -99,7 +104,11 @@ def _callback(entry: dict[str, dict[str, Any]], folder: str) -> Callable[[], Any
                 f"callbacks: {name} takes no {argument!r}.{nearest(argument, allowed)}"
             )
     arguments = dict(arguments)
-    for key in ("filepath", "filename"):
+    if "missing" in allowed:
+        arguments.setdefault("missing", "error")
+    if "log_dir" in allowed:
+        arguments.setdefault("log_dir", "logs")
+    for key in ("filepath", "filename", "log_dir"):
         if key in arguments:
             arguments[key] = storage.join(folder, str(arguments[key]))
     try:

@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestrator import decisions, weights
 from orchestrator import runtime as runtimes
-from orchestrator.callbacks.monitor import learning_rate
+from orchestrator.callbacks.rates import learning_rates
 from orchestrator.config import SettingError
 from orchestrator.steps import DivergedError
 
@@ -74,12 +74,17 @@ class ConsistencyGuard(keras.callbacks.Callback):
             return
         variables = weights.shared_variables(self.model)
         step = int(self.model.optimizer.iterations.numpy())
-        rate = np.float64(learning_rate(self.model.optimizer)).view(np.int64)
-        mine = np.array([*weights.fingerprints(variables), rate, step])
+        rates = learning_rates(self.model)
+        bits = np.array(list(rates.values()), np.float64).view(np.int64)
+        mine = np.array([*weights.fingerprints(variables), *bits, step])
         table = np.zeros((communicator.size, len(mine)), np.int64)
         table[communicator.rank] = mine
         table = communicator.allreduce(table)
-        names = [*(v.path for v in variables), "learning rate", "step"]
+        names = [
+            *(v.path for v in variables),
+            *(name.replace("learning_rate", "learning rate") for name in rates),
+            "step",
+        ]
         for name, column in zip(names, table.T, strict=True):
             usual, _ = Counter(column.tolist()).most_common(1)[0]
             differing = np.flatnonzero(column != usual).tolist()

@@ -12,7 +12,7 @@ import numpy as np
 from orchestrator import runtime as runtimes
 from orchestrator import storage
 from orchestrator.callbacks.global_metrics import insert_first
-from orchestrator.callbacks.monitor import learning_rate
+from orchestrator.callbacks.rates import learning_rates
 
 
 class CSVLogger(keras.callbacks.CSVLogger):
@@ -40,13 +40,12 @@ class CSVLogger(keras.callbacks.CSVLogger):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds a line; the first epoch's names, sorted, are the columns."""
-        logs = logs or {}
+        logs, rates = logs or {}, learning_rates(self.model)
         first = self.keys is None
         if first:
             self.keys = _columns(sorted(logs))
-            if "learning_rate" not in self.keys:
-                self.keys.append("learning_rate")
-        values = {"learning_rate": learning_rate(self.model.optimizer), **logs}
+            self.keys += [name for name in rates if name not in self.keys]
+        values = {**rates, **logs}
         row = [epoch, *(_cell(values.get(key, "NA")) for key in self.keys or [])]
         header = ["epoch", *(self.keys or [])] if first else None
         self._runtime.on_root(lambda: self._write(header, row))

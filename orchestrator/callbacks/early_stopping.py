@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from orchestrator import decisions, weights
-from orchestrator.callbacks.monitor import Monitor
+from orchestrator.callbacks.monitor import Missing, Monitor
 
 
 class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
@@ -18,13 +18,40 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
     best epoch's weights are kept on rank 0 alone, and at the end of training broadcast to every
     rank (one message for each 64 MiB), whoever stopped it. Otherwise it does not communicate.
 
-    Unlike Keras's, a NaN is never an improvement, and any finite value improves on it.
+    Unlike Keras's, a NaN is never an improvement, and any finite value improves on it. With
+    `missing="error"` a metric that is not there is a `SettingError` on every rank; `"warn"`, the
+    default, warns as Keras does.
 
     Attributes:
         restored_epoch: The epoch (from 0) whose weights were restored; `None` until then.
     """
 
     restored_epoch: int | None = None
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        min_delta: float = 0,
+        patience: int = 0,
+        verbose: int = 0,
+        mode: str = "auto",
+        baseline: float | None = None,
+        restore_best_weights: bool = False,
+        start_from_epoch: int = 0,
+        *,
+        missing: Missing = "warn",
+    ) -> None:
+        super().__init__(
+            monitor,
+            min_delta,
+            patience,
+            verbose,
+            mode,
+            baseline,
+            restore_best_weights,
+            start_from_epoch,
+        )
+        self._if_missing(missing)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts afresh, as Keras's does."""
@@ -34,6 +61,7 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Decides; on rank 0 copies the weights of a best epoch to host memory."""
+        self._check_monitor(logs or {})
         improvement = self._improvement()
         current = self.get_monitor_value(logs)
         if current is None:

@@ -10,8 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from orchestrator import decisions, metrics, storage
-from orchestrator.callbacks.monitor import Monitor, available
+from orchestrator import decisions, storage
+from orchestrator.callbacks.monitor import Missing, Monitor, available
 from orchestrator.checkpoint import best
 from orchestrator.config import SettingError
 
@@ -29,11 +29,39 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
     it by a better one only: before the first save under a name rank 0 looks, and tells (one small
     broadcast). A file that is the best by another metric is replaced.
 
+    With `save_best_only` and `missing="error"` a metric that is not there is a `SettingError` on
+    every rank; `"warn"`, the default, warns and saves, as Keras does.
+
     Raises:
         SettingError: On every rank, before training: nothing can be written there (a small file
             is written, read and deleted). From the first save: `filepath` names a metric that is
             not there.
     """
+
+    def __init__(
+        self,
+        filepath: str,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+        *,
+        missing: Missing = "warn",
+    ) -> None:
+        super().__init__(
+            filepath,
+            monitor,
+            verbose,
+            save_best_only,
+            save_weights_only,
+            mode,
+            save_freq,
+            initial_value_threshold,
+        )
+        self._if_missing(missing)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Tries the target out, so that a wrong bucket is known now, and counts batches afresh."""
@@ -49,10 +77,15 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
             return
         self._batches, due = decisions.batches_due(self._batches, batch, int(self.save_freq))
         if due:
-            self._save(self._current_epoch, batch, self._global_logs(logs))
+            logs = self._of_all_ranks(logs)
+            if self.save_best_only:
+                self._check_monitor(logs, in_epoch=True)
+            self._save(self._current_epoch, batch, logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves, if it is time for it and, with `save_best_only`, if this epoch is the best."""
+        if self.save_best_only:
+            self._check_monitor(logs or {})
         self._improvement()
         if self.save_freq == "epoch":
             self._save(epoch, None, logs or {})
@@ -69,13 +102,6 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
         self.best = state["best"]
         self._batches = decisions.BatchCount(**state["batches"])
         self._goes_on = True
-
-    def _global_logs(self, logs: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        if self._runtime.size == 1:
-            return logs or {}
-        state = metrics.snapshot(self.model, logs)
-        (state,) = metrics.global_states(self._runtime.communicator, self.model, [state])
-        return metrics.results(self.model, state)
 
     def _save(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> None:
         filepath = self._get_file_path(epoch, batch, logs)

@@ -1,19 +1,21 @@
-"""What our monitoring callbacks share: global logs, the direction of a metric, events."""
+"""What our monitoring callbacks share: the direction of a metric, and what to do without it."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
-from orchestrator import runtime as runtimes
-from orchestrator.callbacks.global_metrics import insert_first
+from orchestrator.callbacks.rank_aware import RankAware
 from orchestrator.config import SettingError
 from orchestrator.decisions import Improvement
 
+Missing = Literal["warn", "error"]
 
-class Monitor(keras.callbacks.Callback):
+
+class Monitor(RankAware):
     """Mixed into a Keras callback that watches one metric.
 
     Keras's class beside it gives `monitor`, `mode`, `min_delta` and the inference of a direction.
@@ -22,14 +24,34 @@ class Monitor(keras.callbacks.Callback):
     monitor: str
     min_delta: float
     monitor_op: Any
+    missing: Missing = "warn"
     _set_monitor_op: Callable[[], None]
 
-    def set_model(self, model: keras.Model) -> None:
-        """Sees to it that logs are global before any callback reads them."""
-        super().set_model(model)
-        self._runtime = runtimes.current()
-        self._steps = self._runtime.prepare(model)
-        insert_first(model)
+    def _if_missing(self, missing: Missing) -> None:
+        """Takes the argument of that name."""
+        if missing not in ("warn", "error"):
+            raise SettingError(
+                f"{type(self).__name__}(missing={missing!r}) is not allowed: 'warn', as Keras "
+                "does, or 'error'."
+            )
+        self.missing = missing
+
+    def _check_monitor(self, logs: Mapping[str, Any], *, in_epoch: bool = False) -> None:
+        """Raises, with `missing="error"`, as soon as it is known that the metric is not there.
+
+        Args:
+            logs: Global, so that all ranks raise.
+            in_epoch: They are those of a batch: validation has no part in them.
+        """
+        if self.missing != "error" or self.monitor in logs:
+            return
+        validated = any(name.startswith("val_") for name in logs)
+        if self.monitor.startswith("val_") and not validated and not in_epoch and _validates():
+            return  # in another epoch, by `validation_freq`
+        raise SettingError(
+            f"{type(self).__name__}(monitor={self.monitor!r}): there is no such metric. Available: "
+            f"{available(logs)}. Monitor one of these, or compile the model with it."
+        )
 
     def _improvement(self) -> Improvement:
         """The direction of `monitor`; Keras infers it once the metrics are built."""
@@ -42,22 +64,18 @@ class Monitor(keras.callbacks.Callback):
         # Keras flips the sign of `min_delta` in place for "min".
         return Improvement(mode, abs(self.min_delta))
 
-    def _emit(self, kind: str, epoch: int | None, **values: Any) -> None:
-        optimizer = getattr(self.model, "optimizer", None)
-        step = int(optimizer.iterations.numpy()) if optimizer is not None else None
-        self._runtime.events.emit(kind, epoch=epoch, step=step, rank=0, **values)
-
-    def _say(self, message: str) -> None:
-        if getattr(self, "verbose", 0):
-            self._runtime.say(message)
-
 
 def available(logs: Mapping[str, Any] | None) -> str:
     """The names in `logs`, for messages."""
     return ", ".join(sorted(logs or {})) or "none"
 
 
-def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
-    """The current learning rate, of a variable or of a schedule."""
-    rate = optimizer.learning_rate
-    return float((rate.value if isinstance(rate, keras.Variable) else rate).numpy())
+def _validates() -> bool:
+    """Whether the `fit` that is calling has validation data; Keras does not tell callbacks."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        given = frame.f_locals
+        if frame.f_code.co_name == "fit" and "validation_freq" in given:
+            return given.get("validation_data") is not None
+        frame = frame.f_back
+    return False

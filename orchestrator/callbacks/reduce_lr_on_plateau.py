@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from orchestrator import decisions
-from orchestrator.callbacks.monitor import Monitor, available, learning_rate
+from orchestrator.callbacks import rates as rates_of
+from orchestrator.callbacks.monitor import Missing, Monitor, available
+from orchestrator.callbacks.rates import learning_rate
 
 
 class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
     """Cuts the learning rate on all ranks at one epoch; Keras's parameters and defaults.
 
     The decision is made on every rank from the same global logs; it does not communicate.
-    Unlike Keras's, a NaN is never an improvement, and any finite value improves on it.
+    Unlike Keras's, a NaN is never an improvement, and any finite value improves on it. With
+    `missing="error"` a metric that is not there is a `SettingError` on every rank; `"warn"`, the
+    default, warns as Keras does.
     """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        factor: float = 0.1,
+        patience: int = 10,
+        verbose: int = 0,
+        mode: str = "auto",
+        min_delta: float = 1e-4,
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+        *,
+        missing: Missing = "warn",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            monitor, factor, patience, verbose, mode, min_delta, cooldown, min_lr, **kwargs
+        )
+        self._if_missing(missing)
 
     def _reset(self) -> None:
         super()._reset()
@@ -25,10 +47,10 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Puts the learning rate into the logs, as Keras does, and decides."""
-        improvement = self._improvement()
         logs = {} if logs is None else logs
-        for name, optimizer in self._optimizers():
-            logs[name] = learning_rate(optimizer)
+        logs.update(rates_of.learning_rates(self.model))
+        self._check_monitor(logs)
+        improvement = self._improvement()
         current = logs.get(self.monitor)
         if current is None:
             warnings.warn(
@@ -40,7 +62,9 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
         rule = decisions.PlateauRule(
             improvement, self.factor, self.patience, self.cooldown, self.min_lr
         )
-        rates = {name: rule.reduced(learning_rate(opt)) for name, opt in self._optimizers()}
+        rates = {
+            name: rule.reduced(learning_rate(opt)) for name, opt in rates_of.optimizers(self.model)
+        }
         reducible = any(rate is not None for rate in rates.values())
         decision = decisions.plateau(rule, self._state, float(current), reducible)
         self._adopt(decision.state)
@@ -56,7 +80,7 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
         self._adopt(decisions.PlateauState(**state))
 
     def _cut(self, epoch: int, current: float, rates: dict[str, float | None]) -> None:
-        for name, optimizer in self._optimizers():
+        for name, optimizer in rates_of.optimizers(self.model):
             new, old = rates[name], learning_rate(optimizer)
             if new is None:
                 continue
@@ -79,11 +103,3 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
     def _adopt(self, state: decisions.PlateauState) -> None:
         self._state = state
         self.best, self.wait, self.cooldown_counter = state
-
-    def _optimizers(self) -> Iterator[tuple[str, Any]]:
-        optimizer = self.model.optimizer
-        if hasattr(optimizer, "optimizers"):
-            for inner in optimizer.optimizers:
-                yield f"learning_rate_{inner.name}", inner
-        else:
-            yield "learning_rate", optimizer

@@ -9,8 +9,25 @@ import pytest
 
 from orchestrator import callbacks
 
-OURS = ["BackupAndRestore", "CSVLogger", "EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"]
-ARGUMENTS = {"BackupAndRestore": ("x",), "CSVLogger": ("x.csv",), "ModelCheckpoint": ("x.keras",)}
+OURS = [
+    "BackupAndRestore",
+    "CSVLogger",
+    "EarlyStopping",
+    "LambdaCallback",
+    "LearningRateScheduler",
+    "ModelCheckpoint",
+    "ReduceLROnPlateau",
+    "RemoteMonitor",
+    "SwapEMAWeights",
+    "TensorBoard",
+    "TerminateOnNaN",
+]
+ARGUMENTS = {
+    "BackupAndRestore": ("x",),
+    "CSVLogger": ("x.csv",),
+    "LearningRateScheduler": (float,),
+    "ModelCheckpoint": ("x.keras",),
+}
 
 
 def parameters(kind: type) -> list[inspect.Parameter]:
@@ -41,10 +58,32 @@ def test_attributes_are_keras(name):
     assert {k: ours[k] for k in theirs} == theirs
 
 
+BESIDE_KERAS = [
+    "BroadcastGlobalVariables",
+    "BroadcastGlobalVariablesCallback",
+    "ConsistencyGuard",
+    "GlobalMetrics",
+    "LearningRateScheduleCallback",
+    "LearningRateWarmup",
+    "LearningRateWarmupCallback",
+    "MetricAverage",
+    "MetricAverageCallback",
+    "RankAware",
+    "RankZero",
+    "StoreCheckpoint",
+    "scaled_learning_rate",
+]
+
+
 def test_all_is_the_public_list():
-    assert sorted(callbacks.__all__) == sorted(
-        [*OURS, "ConsistencyGuard", "GlobalMetrics", "StoreCheckpoint"]
-    )
+    assert sorted(callbacks.__all__) == sorted([*OURS, *BESIDE_KERAS])
+
+
+def test_none_of_keras_is_missing():
+    """But those that `fit` adds itself, and Orbax's, whose checkpoints are those of a store."""
+    theirs = {name for name, kind in vars(keras.callbacks).items() if isinstance(kind, type)}
+    added = {"Callback", "CallbackList", "History", "ProgbarLogger"}
+    assert theirs - added - set(OURS) <= {"OrbaxCheckpoint"}
 
 
 @pytest.mark.parametrize(
