@@ -74,11 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         if launched_rank() == 0:
             print(preempted, file=sys.stderr, flush=True)
         return EXIT_CODE
-    except Exception:  # noqa: BLE001 - printed, and turned into the exit code
-        traceback.print_exc()
-        if runtime is not None:
+    except Exception as error:  # noqa: BLE001 - printed, and turned into the exit code
+        if runtime is not None and runtime.faults is not None:
             # Other ranks may be waiting in a collective; they end with this one.
-            runtime.communicator.abort(1)
+            runtime.faults.fail(error)
+        traceback.print_exc()
         return 1
     return 0
 

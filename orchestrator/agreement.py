@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+from orchestrator import waits
 from orchestrator.communicators.base import Communicator
 from orchestrator.config import SettingError
 
@@ -14,6 +16,21 @@ _Told = tuple[bool, str] | None  # of an exception: whether it is a SettingError
 
 class RankError(RuntimeError):
     """Something has failed on another rank; raised on those that it concerns as well."""
+
+
+class EarlyExitError(RuntimeError):
+    """`sys.exit` on a rank that others wait for.
+
+    Args:
+        code: What it was called with.
+        where: In which of our calls.
+    """
+
+    def __init__(self, code: Any, where: str) -> None:
+        super().__init__(
+            f"sys.exit({code!r}) was called in {where}, where the other ranks wait for this one. "
+            "To end training on all ranks set model.stop_training = True on all of them."
+        )
 
 
 def on_root(communicator: Communicator, function: Callable[[], T]) -> T:
@@ -26,7 +43,9 @@ def on_root(communicator: Communicator, function: Callable[[], T]) -> T:
         RankError: On the other ranks, for any other exception of rank 0, which raises its own.
     """
     value, error = _attempt(function) if communicator.rank == 0 else (None, None)
-    value, told = communicator.broadcast_object((value, _told(error)))
+    watched = waits.of(communicator)
+    with contextlib.nullcontext() if watched is None else watched.for_root():
+        value, told = communicator.broadcast_object((value, _told(error)))
     if told is not None:
         raise error or _of_another_rank(0, told)
     return cast(T, value)
@@ -53,6 +72,10 @@ def on_all(communicator: Communicator, function: Callable[[], T]) -> T:
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
+    except SystemExit as error:
+        if type(error) is not SystemExit:
+            raise
+        return None, EarlyExitError(error.code, getattr(function, "__qualname__", "a function"))
     except Exception as error:  # noqa: BLE001 - raised by the caller, once all ranks know
         return None, error
 

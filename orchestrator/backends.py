@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import glob
 import os
 import sys
@@ -11,8 +13,26 @@ import tensorflow as tf
 
 from orchestrator.communicators.base import Communicator
 from orchestrator.communicators.single import SingleCommunicator
+from orchestrator.communicators.watched import WatchedCommunicator
 from orchestrator.config import SettingError
+from orchestrator.deadline import Deadline
+from orchestrator.faults import Faults
+from orchestrator.waits import START, Waits
 
+_ALONE = "Start it without a launcher, or leave the backend at auto."
+_REMEDY = {
+    "single": _ALONE,
+    "mirrored": _ALONE,
+    "horovod": (
+        "This Horovod is built without MPI and knows only the ranks of horovodrun: start it by "
+        "horovodrun -np, or under mpiexec with backend='mpi'."
+    ),
+    "mpi": (
+        "Start it by the mpiexec of the MPI library that mpi4py loads (of the wheel mpich, the one "
+        "beside this Python), or under horovodrun with backend='horovod'."
+    ),
+}
+_MARGIN_SECONDS = 2.0
 _MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
@@ -29,6 +49,12 @@ def launched_rank() -> int:
     """This process's rank as its launcher's environment says, before anything is initialised."""
     names = ("HOROVOD_RANK", *_MPI_VARIABLES)
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def launched_size() -> int | None:
+    """How many ranks the launcher started, where its environment says."""
+    names = ("HOROVOD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)
 
 
 def visible_gpus() -> int:
@@ -55,6 +81,40 @@ def connect(backend: str) -> Communicator:
 
         return MPICommunicator()
     return SingleCommunicator()
+
+
+def join(backend: str, timeout: float) -> tuple[Communicator, Deadline | None]:
+    """Joins the ranks, with a deadline on every wait from here on where there are several.
+
+    Raises:
+        ImportError: The backend's library is missing; the message says what to install.
+        SettingError: The launcher started several ranks, and the backend is not of its kind.
+    """
+    size, waits = launched_size(), Waits(timeout)
+    deadline = Deadline(waits, f"rank {launched_rank()} of {size or 'some'}")
+    if detect(0) != "single":
+        deadline.start()
+        # MPI_Init keeps Python's lock while it waits, so that no thread could speak.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr that is no file
+            faulthandler.dump_traceback_later(START * timeout + _MARGIN_SECONDS, exit=True)
+    try:
+        with waits.on("start-up, for all ranks to be there"):
+            communicator = connect(backend)
+    except BaseException:
+        deadline.stop()
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if size is not None and size != communicator.size:
+        deadline.stop()
+        raise SettingError(
+            f"The launcher started {size} ranks, and with backend={backend!r} this one is of "
+            f"{communicator.size}: they would train apart. {_REMEDY[backend]}"
+        )
+    if communicator.size == 1:
+        deadline.stop()
+        return communicator, None
+    return WatchedCommunicator(communicator, waits), deadline
 
 
 def pin_gpu(gpus: int, communicator: Communicator) -> None:
@@ -100,12 +160,16 @@ def mirror(gpus: int, replicas: int | None) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
 
 
-def abort_on_exception(communicator: Communicator) -> None:
-    """An exception nobody catches on one rank ends the job, so that the others don't wait."""
-    previous = sys.excepthook
+def abort_on_exception(faults: Faults) -> None:
+    """An exception nobody catches on one rank ends the job, so that the others don't wait.
 
-    def hook(kind: Any, value: Any, traceback: Any) -> None:
-        previous(kind, value, traceback)
-        communicator.abort(1)
+    A crash, such as a segmentation fault, shows where in Python it came from.
+    """
+
+    def hook(kind: Any, value: BaseException, traceback: Any) -> None:
+        faults.fail(value)
 
     sys.excepthook = hook
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError):  # stderr that is no file
+            faulthandler.enable()

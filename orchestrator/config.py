@@ -41,6 +41,8 @@ class Run(_Section):
         preempt_grace: Seconds from SIGTERM, SIGUSR1 or a notice to the end of the process; 25 by
             default, of the 30 that Kubernetes gives.
         preempt_notice: A file or URL whose being there is a notice; looked at on rank 0.
+        timeout: Seconds that a rank waits for the others before all say what they do and end;
+            600 by default. Three times that until the first step is made.
     """
 
     dir: str = Field(min_length=1)
@@ -52,6 +54,7 @@ class Run(_Section):
     init_from: str | None = Field(None, min_length=1)
     preempt_grace: float = Field(25.0, gt=0)
     preempt_notice: str | None = Field(None, min_length=1)
+    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
 
 
 class Train(_Section):
@@ -169,9 +172,9 @@ class Kubernetes(_Section):
     image: Annotated[str, Field(pattern="^[a-z0-9][-A-Za-z0-9_.:/@]*$")] | None = None
     image_pull_secret: Name | None = None
     target: Literal["mpijob", "job", "trainjob"] = "mpijob"
-    nodes: int = Field(2, ge=1, le=10_000)
-    ranks_per_node: int = Field(1, ge=1, le=64)
-    gpus_per_node: int = Field(0, ge=0, le=64)
+    nodes: int = Field(default=2, ge=1, le=10_000)
+    ranks_per_node: int = Field(default=1, ge=1, le=64)
+    gpus_per_node: int = Field(default=0, ge=0, le=64)
     gpu_resource: Annotated[str, Field(pattern=f"^{_DOMAIN}{_LABEL}$")] = "nvidia.com/gpu"
     cpu: Annotated[str, Field(pattern="^[1-9][0-9]{0,4}m?$")] = "2"
     memory: Bytes = "8Gi"
@@ -190,9 +193,9 @@ class Kubernetes(_Section):
     queue: Name | None = None
     queue_priority: Name | None = None
     network_interface: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,15}$")] | None = None
-    max_restarts: int = Field(10, ge=0, le=10_000)
-    max_hours: float | None = Field(None, gt=0, le=100_000)
-    keep_hours: float | None = Field(None, ge=0, le=100_000)
+    max_restarts: int = Field(default=10, ge=0, le=10_000)
+    max_hours: float | None = Field(default=None, gt=0, le=100_000)
+    keep_hours: float | None = Field(default=None, ge=0, le=100_000)
     drainable: bool = True
     network_policy: bool = True
 

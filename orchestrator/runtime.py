@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -12,11 +13,13 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
-from orchestrator import agreement, backends, data, gradients, mirrored, optimizer, steps
+from orchestrator import agreement, backends, data, fitting, gradients, mirrored, optimizer, steps
 from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
+from orchestrator.deadline import Deadline
 from orchestrator.events import Events
+from orchestrator.faults import Faults
 from orchestrator.flags import Flags
 from orchestrator.sources.position import Position
 
@@ -48,6 +51,7 @@ class Runtime:
         strategy: tf.distribute.Strategy | None = None,
         gradient_buckets: int = 1,
         gradient_compression: Wire | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.communicator = communicator
         self.backend = backend or communicator.name
@@ -59,6 +63,7 @@ class Runtime:
         self._buckets = gradient_buckets
         self._compression: Wire | None = gradient_compression
         self._said: set[str] = set()
+        self._deadline = deadline
 
     @property
     def rank(self) -> int:
@@ -79,6 +84,11 @@ class Runtime:
     def is_root(self) -> bool:
         """Whether this is rank 0."""
         return self.communicator.rank == 0
+
+    @property
+    def faults(self) -> Faults | None:
+        """How this rank tells the others that it fails; `None` with one, or not by `init`."""
+        return self._deadline.faults if self._deadline else None
 
     @property
     def replicas(self) -> int:
@@ -137,7 +147,7 @@ class Runtime:
         Under MirroredStrategy Keras hands the parts to the replicas, and all of it is returned.
         """
         self.positions.append(Position())
-        return data.shard(
+        part = data.shard(
             dataset,
             self.communicator,
             batch_size=batch_size,
@@ -148,6 +158,7 @@ class Runtime:
             position=self.positions[-1],
             say=self.say_once,
         )
+        return fitting.mark(part)
 
     def on_root(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and returns its result on all ranks; called by all ranks.
@@ -191,6 +202,8 @@ class Runtime:
     def close(self) -> None:
         """Forgets that `init` was called, so that it can be called again."""
         global _default
+        if self._deadline is not None:
+            self._deadline.stop()
         if _default is self:
             _default = None
 
@@ -208,6 +221,7 @@ def init(
     deterministic: bool = False,
     gradient_buckets: int = 1,
     gradient_compression: Wire | None = None,
+    timeout: float = 600.0,
 ) -> Runtime:
     """Joins the ranks: chooses the backend, pins this rank's GPU, seeds; called by all, once.
 
@@ -221,9 +235,12 @@ def init(
         gradient_buckets: Grouped collectives a training step, 1 by default.
         gradient_compression: `"fp16"` or `"bf16"` halves what gradients weigh on the wire, and
             their precision there; `None` by default.
+        timeout: Seconds that a rank waits for the others before all say what they do and end; 600
+            by default, and three times that until the first step is made.
 
     Raises:
-        SettingError: An unknown backend, or `replicas` where they have no meaning.
+        SettingError: An unknown backend, one that is not the launcher's, or `replicas` where they
+            have no meaning.
         RuntimeError: `init` was called before.
         ImportError: The backend's library is missing.
     """
@@ -233,15 +250,7 @@ def init(
             f"orchestrator.init() was called before in this process (backend="
             f"{_default.backend!r}); call it once, and pass the Runtime it returns around."
         )
-    if backend not in BACKENDS:
-        raise SettingError(f"backend={backend!r} is unknown. Allowed: {', '.join(BACKENDS)}.")
-    if gradient_buckets < 1:
-        raise SettingError(f"gradient_buckets={gradient_buckets} is not allowed: 1 or more.")
-    if gradient_compression not in (None, *WIRES):
-        raise SettingError(
-            f"gradient_compression={gradient_compression!r} is unknown. Allowed: "
-            f"{', '.join(WIRES)} or None."
-        )
+    _check(backend, gradient_buckets, gradient_compression, timeout)
     gpus = backends.visible_gpus()
     chosen = backends.detect(gpus) if backend == "auto" else backend
     if replicas is not None and (chosen != "mirrored" or replicas < 1):
@@ -249,11 +258,12 @@ def init(
             f"replicas={replicas} with backend={chosen!r} is not allowed: replicas are for "
             "backend='mirrored', 1 or more."
         )
-    communicator = backends.connect(chosen)
+    communicator, deadline = backends.join(chosen, timeout)
     backends.pin_gpu(gpus, communicator)
     strategy = backends.mirror(gpus, replicas) if chosen == "mirrored" else None
     drawn = random.SystemRandom().randrange(2**31) if seed is None else seed
-    seed = int(communicator.broadcast_object(drawn))
+    drawn, launch = communicator.broadcast_object((drawn, secrets.token_hex(8)))
+    seed = int(drawn)
     keras.utils.set_random_seed(seed)
     if deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -264,7 +274,22 @@ def init(
         strategy=strategy,
         gradient_buckets=gradient_buckets,
         gradient_compression=gradient_compression,
+        deadline=deadline,
     )
-    if communicator.size > 1:
-        backends.abort_on_exception(communicator)
+    if deadline is not None:
+        deadline.faults = Faults(communicator, launch)
+        backends.abort_on_exception(deadline.faults)
     return _default
+
+
+def _check(backend: str, buckets: int, compression: str | None, timeout: float) -> None:
+    if backend not in BACKENDS:
+        raise SettingError(f"backend={backend!r} is unknown. Allowed: {', '.join(BACKENDS)}.")
+    if buckets < 1:
+        raise SettingError(f"gradient_buckets={buckets} is not allowed: 1 or more.")
+    if compression not in (None, *WIRES):
+        raise SettingError(
+            f"gradient_compression={compression!r} is unknown. Allowed: {', '.join(WIRES)} or None."
+        )
+    if not 0 < timeout < float("inf"):
+        raise SettingError(f"timeout={timeout} is not allowed: seconds, above 0.")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from orchestrator import additive, empty_parts, gradients, losses, statistics, watch, weights
+from orchestrator import (
+    additive,
+    empty_parts,
+    fitting,
+    gradients,
+    losses,
+    statistics,
+    waits,
+    watch,
+    weights,
+)
 from orchestrator import optimizer as optimizers
 from orchestrator.communicators.base import Communicator
 
@@ -38,6 +49,8 @@ class Steps:
         self._make_train_function = model.make_train_function
         self._make_test_function = model.make_test_function
         losses.count_by_divisor(model, losses.BatchLosses(model, communicator.size).keep)
+        self._waits = waits.of(communicator)
+        fitting.around(model, communicator, say)
         model.train_step = self._on_own_samples(model.train_step, training=True)
         model.test_step = self._on_own_samples(model.test_step, training=False)
         model.make_train_function = self._train_function
@@ -93,15 +106,21 @@ class Steps:
         return model.train_function
 
     def _self_testing(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def step(iterator: Any) -> Any:
+        watched = self._waits or waits.Waits(math.inf)
+        model = self._model
+
+        def step(iterator: Any, first: bool = False) -> Any:
             self.statistics.stale = True
-            return function(iterator)
+            with watched.on("the first training step" if first else "a training step", first=first):
+                logs = function(iterator)
+            watched.stepped(model.steps_per_execution)
+            return logs
 
         def first_step(iterator: Any) -> Any:
             if self._broadcast_pending:
                 _build(self._model, iterator)
                 self.broadcast()
-            logs = step(iterator)
+            logs = step(iterator, first=True)
             self._model.train_function = step
             self.compare_weights()
             return logs

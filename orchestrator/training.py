@@ -10,11 +10,12 @@ import keras
 import tensorflow as tf
 
 from orchestrator import callbacks as ours
-from orchestrator import restoring, storage, weights
+from orchestrator import handshake, restoring, storage, weights
 from orchestrator import runtime as runtimes
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError, Settings
 from orchestrator.events import RunDirectory
+from orchestrator.faults import ignore_signals, set_aside
 from orchestrator.parts import Parts, call, store_url
 from orchestrator.preemption import EXIT_CODE, Preempted
 from orchestrator.restoring import Opened
@@ -37,8 +38,11 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
         Preempted: On every rank: a notice came, and a checkpoint was committed.
     """
     runtime = runtime or start(settings)
+    handshake.agree(runtime.communicator, handshake.of_programs(settings))
     check_batch(settings.train.global_batch_size, runtime)
     parts = runtime.on_all(lambda: Parts.of(settings))
+    code = runtime.on_all(lambda: handshake.of_code(parts.data, parts.model))
+    handshake.agree(runtime.communicator, code)
     opened = _opened(settings, runtime)
     # Whatever was drawn until here (user code on import, a library's waits) does not count.
     runtime.reseed()
@@ -51,10 +55,22 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
                 directory.outcome(EXIT_CODE, str(preempted), preempted.epoch, preempted.step)
             raise
         except Exception as error:
-            if directory is not None:
-                code = 2 if isinstance(error, SettingError) else 1
-                directory.outcome(code, f"{type(error).__name__}: {error}", None, None)
+            _record_failure(runtime, directory, error)
             raise
+
+
+def _record_failure(runtime: Runtime, directory: RunDirectory | None, error: Exception) -> None:
+    """Writes outcome.json, on rank 0 and on the first that fails; does not communicate."""
+    faults = runtime.faults
+    if faults is not None:
+        ignore_signals()
+        if faults.is_recorded:
+            return
+    if directory is not None:
+        reason = f"{type(error).__name__}: {error}" if faults is None else faults.reason(error)
+        directory.outcome(2 if isinstance(error, SettingError) else 1, reason, None, None)
+    elif faults is not None:
+        faults.record(error)
 
 
 def _train(
@@ -72,6 +88,9 @@ def _train(
         runtime.distribute(model.optimizer)
     if settings.run.init_from is not None and opened is None:
         restoring.initialise(model, settings.run.init_from)
+    made = [make() for make in parts.callbacks]
+    facts = handshake.of_training(model, made, train_part)
+    handshake.agree(runtime.communicator, facts)
     runtime.broadcast(model)
     runtime.say(_greeting(settings, runtime))
     runtime.events.emit(
@@ -84,7 +103,6 @@ def _train(
         replicas=runtime.replicas,
         seed=runtime.seed,
     )
-    made = [make() for make in parts.callbacks]
     checkpoint = parts.checkpoint(resume=opened or False)
     try:
         history = model.fit(
@@ -157,6 +175,7 @@ def start(settings: Settings) -> Runtime:
         deterministic=settings.run.deterministic,
         gradient_buckets=settings.train.gradient_buckets,
         gradient_compression=settings.train.gradient_compression,
+        timeout=settings.run.timeout,
     )
 
 
@@ -223,10 +242,15 @@ def _open(settings: Settings, runtime: Runtime) -> RunDirectory | None:
         try:
             storage.write_text(storage.join(settings.run.dir, "config.yaml"), settings.dump())
             directories.append(RunDirectory(settings.run.dir, keep=settings.run.resume != "never"))
+            set_aside(settings.run.dir)
         except (OSError, ValueError, ImportError) as error:
             raise _no_run_directory(settings, error) from None
 
     runtime.on_root(make)
+    faults = runtime.faults
+    if faults is not None:
+        faults.record_in(settings.run.dir)
+        faults.events = directories[0] if directories else None
     if directories:
         runtime.events = directories[0]
         return directories[0]

@@ -74,6 +74,9 @@ class FakeCommunicator:
     def abort(self, code: int) -> None:
         raise AssertionError(f"abort({code})")
 
+    def lost(self, error: BaseException) -> bool:
+        return False
+
     def sum_gradients(
         self, buckets: Sequence[Sequence[Any]], name: str, wire: str | None = None
     ) -> list[list[Any]]:

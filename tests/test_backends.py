@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import tensorflow as tf
 
-from orchestrator import SettingError, backends
+from orchestrator import SettingError, backends, faults
+from orchestrator.communicators.watched import WatchedCommunicator
 from tests.fakes import FakeCommunicator
 
 LAUNCHERS = ["HOROVOD_RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"]
@@ -13,7 +16,7 @@ LAUNCHERS = ["HOROVOD_RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"]
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in LAUNCHERS:
+    for name in (*LAUNCHERS, "HOROVOD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -77,13 +80,54 @@ def test_each_rank_takes_its_gpu(monkeypatch):
     assert grown == [("GPU:2", True)]
 
 
-def test_an_uncaught_exception_ends_the_job(monkeypatch):
-    ended, printed = [], []
-    monkeypatch.setattr(backends.sys, "excepthook", lambda *error: printed.append(error))
+def test_an_uncaught_exception_ends_the_job(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(faults.signal, "signal", lambda number, handler: None)
     communicator = FakeCommunicator()
-    monkeypatch.setattr(communicator, "abort", ended.append)
-    backends.abort_on_exception(communicator)
-    error = ValueError("x")
-    backends.sys.excepthook(ValueError, error, None)
-    assert ended == [1]
-    assert printed == [(ValueError, error, None)], "its traceback is shown first"
+    found = faults.Faults(communicator, "test")
+    found.record_in(str(tmp_path))
+
+    def abort(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(communicator, "abort", abort)
+    backends.abort_on_exception(found)
+    with pytest.raises(SystemExit) as ended:
+        sys.excepthook(ValueError, ValueError("x"), None)
+    assert ended.value.code == 1
+    assert "ValueError: x\nrank 0 (" in capfd.readouterr().err
+
+
+def joined(monkeypatch, backend: str, size: int, **env: str):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(backends, "connect", lambda name: FakeCommunicator(0, size))
+    return backends.join(backend, 30.0)
+
+
+def test_several_ranks_are_watched(monkeypatch):
+    communicator, deadline = joined(monkeypatch, "horovod", 2, HOROVOD_SIZE="2", HOROVOD_RANK="0")
+    assert isinstance(communicator, WatchedCommunicator)
+    assert deadline is not None
+    deadline.stop()
+    assert deadline.waits is communicator.waits
+    assert deadline.waits.last == "start-up, for all ranks to be there"
+
+
+def test_one_rank_is_not(monkeypatch):
+    communicator, deadline = joined(monkeypatch, "single", 1)
+    assert isinstance(communicator, FakeCommunicator)
+    assert deadline is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "env", "message"),
+    [
+        ("horovod", {"PMI_RANK": "1", "PMI_SIZE": "4"}, "built without MPI"),
+        ("mpi", {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}, "mpiexec of the MPI library"),
+        ("single", {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}, "without a launcher"),
+    ],
+)
+def test_ranks_that_would_train_apart(monkeypatch, backend, env, message):
+    with pytest.raises(SettingError, match=rf"started 4 ranks.*is of 1: .*{message}"):
+        joined(monkeypatch, backend, 1, **env)

@@ -44,6 +44,7 @@ def test_defaults(file):
         "init_from": None,
         "preempt_grace": 25.0,
         "preempt_notice": None,
+        "timeout": 600.0,
     }
     assert settings.train.gradient_buckets == 1
     assert settings.data.options == {}

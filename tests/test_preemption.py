@@ -96,6 +96,9 @@ def test_once_committed_signals_mean_nothing_and_the_end_is_75():
 
 
 def test_handlers_are_put_back():
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # whatever an interrupted fit has left
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with Watch(lambda what: None, grace=60):
         assert signal.getsignal(signal.SIGTERM) != before[0]

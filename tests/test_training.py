@@ -375,7 +375,10 @@ AFTER = [  # known once the factories are called: the run directory says why
         ["callbacks=[{ModelCheckpoint: {filepath: '{epoch}-{val_acc}.keras'}}]"],
         "Names it may use here: epoch, loss, mae, val_loss, val_mae",
     ),
-    (["callbacks=[{EarlyStopping: {monitor: val_acc}}]"], "Pass `mode='max'`"),
+    (
+        ["callbacks=[{EarlyStopping: {monitor: val_acc}}]"],
+        "no such metric. Available: loss, mae, val_loss, val_mae",
+    ),
 ]
 
 

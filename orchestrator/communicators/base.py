@@ -18,8 +18,8 @@ WIRES = ("fp16", "bf16")
 class Communicator(Protocol):
     """A fixed group of ranks that make the same collective calls in the same order.
 
-    Every method but `abort` is a collective: all ranks call it, and none returns before its part
-    is done. Arrays are NumPy arrays on the host, with one shape and dtype on all ranks.
+    Every method but `abort` and `lost` is a collective: all ranks call it, and none returns before
+    its part is done. Arrays are NumPy arrays on the host, with one shape and dtype on all ranks.
 
     Attributes:
         name: The backend's name, as `init(backend=...)` takes it.
@@ -65,6 +65,10 @@ class Communicator(Protocol):
 
     def abort(self, code: int) -> None:
         """Ends this process at once with `code`, and through its launcher the whole job."""
+        ...
+
+    def lost(self, error: BaseException) -> bool:
+        """Whether an error of a collective says only that another rank is gone."""
         ...
 
     def sum_gradients(

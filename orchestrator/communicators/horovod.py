@@ -12,6 +12,9 @@ import tensorflow as tf
 
 from orchestrator.communicators.base import Op, Wire
 
+# What Horovod (common/common.h), Gloo (in every path it names) and NCCL say of a rank that is gone.
+_LOST = ("Horovod has been shut down", "gloo/transport/", "remote process exited")
+
 
 class HorovodCommunicator:
     """Collectives by Horovod (Gloo on CPU, NCCL on GPU where it is built with it).
@@ -76,6 +79,10 @@ class HorovodCommunicator:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+    def lost(self, error: BaseException) -> bool:
+        """By its words: an op of a graph raises TensorFlow's own kinds of error."""
+        return any(words in str(error) for words in _LOST)
 
     def sum_gradients(
         self, buckets: Sequence[Sequence[tf.Tensor]], name: str, wire: Wire | None = None

@@ -49,6 +49,10 @@ class SingleCommunicator:
         sys.stderr.flush()
         os._exit(code)
 
+    def lost(self, error: BaseException) -> bool:
+        """There is no other."""
+        return False
+
     def sum_gradients(
         self, buckets: Sequence[Sequence[tf.Tensor]], name: str, wire: Wire | None = None
     ) -> list[list[tf.Tensor]]:

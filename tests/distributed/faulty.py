@@ -97,7 +97,6 @@ ACTS = {
     "exception": raise_,
     "sys.exit(0)": lambda model: sys.exit(0),
     "sys.exit(3)": lambda model: sys.exit(3),
-    "os._exit(0)": lambda model: os._exit(0),
     "os._exit(3)": lambda model: os._exit(3),
     "SIGKILL": lambda model: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": lambda model: ctypes.string_at(0),
@@ -142,6 +141,9 @@ def main() -> int:
     words = ["--config", str(settings)]
     if is_here("other version"):
         orchestrator.__version__ = "0.0.9"
+    if is_here("absent"):
+        now()
+        os.kill(os.getpid(), signal.SIGSTOP)
     if is_here("other settings"):
         words.append("train.epochs=4")
     if fault in ("other version", "other settings"):

@@ -150,7 +150,7 @@ def test_losses_divided_by_two_numbers_are_refused(runtime, reduction):
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
 def test_embeddings_are_reduced_by_rows(runtime, note, kind, positions, monkeypatch):
     """Keras squares each looked-up row by itself in Adam: rows must not be added up before."""
-    communicator = runtime.communicator
+    communicator = runtime.communicator.inner
     lengths: list[tuple[str, int]] = []
     if runtime.backend == "mpi":
         real, rows = communicator._sum, communicator.concat_rows
@@ -188,8 +188,8 @@ def test_accumulated_gradients_travel_on_update_steps_only(runtime, communicator
     if runtime.backend != "mpi":
         return  # test_collectives.py counts Horovod's in its timeline
     sizes = []
-    real = communicator._sum
-    monkeypatch.setattr(communicator, "_sum", lambda f: sizes.append(f.size) or real(f))
+    real = communicator.inner._sum
+    monkeypatch.setattr(communicator.inner, "_sum", lambda f: sizes.append(f.size) or real(f))
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
     weights_of(runtime, lambda r: classifier(r, optimizer), problems.digits(96), batch_size=16)
     parameters = 64 * 16 + 16 + 16 * 10 + 10
