@@ -39,7 +39,7 @@ def _import_tensorflow() -> None:
 def _end_early(number: int, frame: object) -> None:
     """Before training begins there is nothing to save: it can be started again as it was."""
     os.write(2, b"Preempted while starting or ending; the same command goes on.\n")
-    os._exit(75)
+    os._exit(75)  # start it again
 
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
@@ -86,4 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_early)
-    sys.exit(main())
+    code = main()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a launcher's, on the way out: all is said
+    sys.exit(code)

@@ -17,8 +17,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from orchestrator import storage
+from orchestrator.launching.outcome import PREEMPTED
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start me again
+EXIT_CODE = PREEMPTED
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 5.0
 SAME_NOTICE_SECONDS = 2.0

@@ -12,14 +12,12 @@ import tensorflow as tf
 from orchestrator import callbacks as ours
 from orchestrator import handshake, restoring, storage, weights
 from orchestrator import runtime as runtimes
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError, Settings
 from orchestrator.events import RunDirectory
-from orchestrator.faults import ignore_signals, set_aside
-from orchestrator.parts import Parts, call, store_url
+from orchestrator.parts import Parts, call
 from orchestrator.preemption import EXIT_CODE, Preempted
 from orchestrator.restoring import Opened
-from orchestrator.resume.settings import compare
+from orchestrator.run_directory import open_checkpoint, open_directory, record_failure
 from orchestrator.runtime import Runtime
 
 
@@ -43,11 +41,11 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
     parts = runtime.on_all(lambda: Parts.of(settings))
     code = runtime.on_all(lambda: handshake.of_code(parts.data, parts.model))
     handshake.agree(runtime.communicator, code)
-    opened = _opened(settings, runtime)
+    opened = open_checkpoint(settings, runtime)
     # Whatever was drawn until here (user code on import, a library's waits) does not count.
     runtime.reseed()
     with contextlib.closing(opened) if opened else contextlib.nullcontext():
-        directory = _open(settings, runtime)
+        directory = open_directory(settings, runtime)
         try:
             return _train(settings, runtime, parts, directory, opened)
         except Preempted as preempted:
@@ -55,22 +53,8 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
                 directory.outcome(EXIT_CODE, str(preempted), preempted.epoch, preempted.step)
             raise
         except Exception as error:
-            _record_failure(runtime, directory, error)
+            record_failure(runtime, directory, error)
             raise
-
-
-def _record_failure(runtime: Runtime, directory: RunDirectory | None, error: Exception) -> None:
-    """Writes outcome.json, on rank 0 and on the first that fails; does not communicate."""
-    faults = runtime.faults
-    if faults is not None:
-        ignore_signals()
-        if faults.is_recorded:
-            return
-    if directory is not None:
-        reason = f"{type(error).__name__}: {error}" if faults is None else faults.reason(error)
-        directory.outcome(2 if isinstance(error, SettingError) else 1, reason, None, None)
-    elif faults is not None:
-        faults.record(error)
 
 
 def _train(
@@ -123,47 +107,6 @@ def _train(
     restored = stopper.restored_epoch if stopper else None
     _finish(settings, runtime, history, directory, restored)
     return history
-
-
-def _opened(settings: Settings, runtime: Runtime) -> Opened | None:
-    """What the run goes on from, its settings compared and its seed taken up; by all ranks."""
-    own, asked = store_url(settings), settings.run.resume
-    if asked == "never":
-        runtime.on_root(lambda: _refuse_checkpoints(own))
-        return None
-    url, step = (own, None) if asked == "auto" else restoring.at(asked)
-    try:
-        opened = restoring.open_newest(runtime, CheckpointStore(url), step)
-    except SettingError as error:
-        if url.startswith(settings.run.dir):
-            raise _no_run_directory(settings, error) from None
-        raise
-    if opened is None:
-        if asked != "auto":
-            raise SettingError(f"run.resume={asked}: there is no whole checkpoint there.")
-        return None
-    state = opened.state
-    if state is None or state["settings"] is None:
-        raise SettingError(
-            f"{opened.checkpoint.url} holds weights, and no state of a training that could be "
-            "continued. Start from its weights with run.init_from, in another run.dir."
-        )
-    changes = compare(state["settings"], settings.model_dump())
-    for change in changes:
-        runtime.say(f"Changed since the run was begun: {change}")
-    if any(change.startswith(("train.epochs", "callbacks")) for change in changes):
-        state["stopped"] = False  # by what has been changed now, perhaps
-    runtime.seed = state["seed"]
-    return opened
-
-
-def _refuse_checkpoints(url: str) -> None:
-    found = CheckpointStore(url).list()
-    if found:
-        raise SettingError(
-            f"run.resume=never, and {url} holds {len(found)} checkpoints already, the newest of "
-            f"step {found[-1].step}. Choose another run.dir, or remove them first."
-        )
 
 
 def start(settings: Settings) -> Runtime:
@@ -232,36 +175,6 @@ def _build(settings: Settings, build_model: Callable[..., Any]) -> keras.Model:
             f"{model!r}. Call model.compile(optimizer=..., loss=...) in it."
         )
     return model
-
-
-def _open(settings: Settings, runtime: Runtime) -> RunDirectory | None:
-    """Makes the run directory, on rank 0."""
-    directories: list[RunDirectory] = []
-
-    def make() -> None:
-        try:
-            storage.write_text(storage.join(settings.run.dir, "config.yaml"), settings.dump())
-            directories.append(RunDirectory(settings.run.dir, keep=settings.run.resume != "never"))
-            set_aside(settings.run.dir)
-        except (OSError, ValueError, ImportError) as error:
-            raise _no_run_directory(settings, error) from None
-
-    runtime.on_root(make)
-    faults = runtime.faults
-    if faults is not None:
-        faults.record_in(settings.run.dir)
-        faults.events = directories[0] if directories else None
-    if directories:
-        runtime.events = directories[0]
-        return directories[0]
-    return None
-
-
-def _no_run_directory(settings: Settings, error: Exception) -> SettingError:
-    return SettingError(
-        f"run.dir={settings.run.dir} cannot be written: {error}. Set run.dir to a folder or URL "
-        "that this user may write to."
-    )
 
 
 def _greeting(settings: Settings, runtime: Runtime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -144,9 +145,9 @@ class StoreCheckpoint(keras.callbacks.Callback):
             runtime.events.rewind(0, 0)
             return None
         state = opened.state
-        self._training.check(state)
-        opened.load(model)
-        opened.close()
+        with contextlib.closing(opened):
+            self._training.check(state)
+            opened.load(model)
         words = self._training.resume(state)
         epoch, batch, step = place = Place(state["epoch"], state["batch"], state["step"])
         ended = state["stopped"] and not batch

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.config import Kubernetes, SettingError, Settings
+from orchestrator.config import SettingError, Settings
+from orchestrator.kubernetes.settings import Kubernetes
 
 TARGETS = ("mpijob", "job", "trainjob")
 _MOUNTED = ("/tmp", "/dev/shm", "/etc/orchestrator")

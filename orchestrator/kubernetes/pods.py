@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from orchestrator.config import Kubernetes, Settings
+from orchestrator.config import Settings
 from orchestrator.kubernetes.checks import grace_seconds
+from orchestrator.kubernetes.settings import Kubernetes
 from orchestrator.kubernetes.texts import document
 
 Tree = dict[str, Any]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from orchestrator.config import Kubernetes, Settings
+from orchestrator.config import Settings
 from orchestrator.kubernetes import targets
 from orchestrator.kubernetes.checks import check
 from orchestrator.kubernetes.pods import Tree, labels, metadata, settings_text
+from orchestrator.kubernetes.settings import Kubernetes
 from orchestrator.kubernetes.texts import documents
 
 HEADER = "# Made by `orchestrator k8s render`: change the settings, not this file.\n"

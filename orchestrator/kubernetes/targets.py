@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.config import Kubernetes, Settings
+from orchestrator.config import Settings
 from orchestrator.kubernetes.checks import grace_seconds
 from orchestrator.kubernetes.pods import (
     HOSTFILE,
@@ -20,6 +20,7 @@ from orchestrator.kubernetes.pods import (
     queue_labels,
     rank_command,
 )
+from orchestrator.kubernetes.settings import Kubernetes
 
 RENDEZVOUS_PORT = 29400
 PREEMPTED = 75
