@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def _import_tensorflow() -> None:
+def import_tensorflow() -> None:
     """Imports TensorFlow without its C++ start-up notes, which no setting keeps off stderr."""
     with tempfile.TemporaryFile() as notes:
         stderr = os.dup(2)
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="train.epochs=5")
     parsed = parser.parse_args(arguments)
 
-    _import_tensorflow()
+    import_tensorflow()
     from orchestrator.backends import launched_rank
     from orchestrator.config import SettingError, load
     from orchestrator.preemption import EXIT_CODE, Preempted

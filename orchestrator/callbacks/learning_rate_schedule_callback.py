@@ -38,7 +38,7 @@ class LearningRateScheduleCallback(RankAware):
         initial_lr: float | None,
         multiplier: float | Callable[[float], float],
         start_epoch: int = 0,
-        end_epoch: int | None = None,
+        end_epoch: float | None = None,
         staircase: bool = True,
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
@@ -48,10 +48,10 @@ class LearningRateScheduleCallback(RankAware):
             raise SettingError(
                 f"{type(self).__name__} needs initial_lr, the learning rate that it multiplies."
             )
-        constant = None if callable(multiplier) else float(multiplier)
+        constant = 1.0 if callable(multiplier) else float(multiplier)
         self.initial_lr: float | None = initial_lr
         self.multiplier: Callable[[float], float] = (
-            multiplier if callable(multiplier) else lambda epoch: constant  # type: ignore
+            multiplier if callable(multiplier) else lambda epoch: constant
         )
         self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.staircase = staircase or not callable(multiplier)

@@ -36,7 +36,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         super().__init__(
             initial_lr,
             self._multiplier,
-            end_epoch=warmup_epochs,  # type: ignore
+            end_epoch=warmup_epochs,
             staircase=False,
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,

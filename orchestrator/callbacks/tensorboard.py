@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 from typing import Any
@@ -57,13 +58,11 @@ class TensorBoard(RankAware, keras.callbacks.TensorBoard):
         self._hooks.share(self._try)
 
     def _try(self) -> None:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
+        if importlib.util.find_spec("tensorboard") is None:
             raise SettingError(
                 "callbacks.TensorBoard needs the package tensorboard, which TensorFlow no longer "
                 "brings. Install it: pip install 'keras-orchestrator[tensorboard]'"
-            ) from None
+            )
         storage.preflight(self.log_dir)
         self._log_write_dir = self._files.folder()
         self._train_dir = os.path.join(self._log_write_dir, "train")

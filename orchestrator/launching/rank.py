@@ -28,6 +28,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 # secret, grace, port and addresses of `orchestrator launch`; the rank itself never sees it.
 VARIABLE = "ORCHESTRATOR_LAUNCH"
@@ -228,7 +229,7 @@ class _Supervisor:
         """
         if not self._words:
             for key, _ in self._selector.select(timeout):
-                self._words += self._read(key.fileobj, key.data)  # pyright: ignore
+                self._words += self._read(cast(socket.socket, key.fileobj), key.data)
         return self._words.popleft() if self._words else ""
 
     def _read(self, source: socket.socket, at_end: str) -> list[str]:

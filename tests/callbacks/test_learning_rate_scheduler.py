@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import keras
 import numpy as np
 import pytest
@@ -96,7 +98,7 @@ def test_a_random_schedule_is_drawn_once_for_all():
 
 def test_an_error_is_raised_on_both_ranks():
     def rank(runtime):
-        scheduler = callbacks.LearningRateScheduler(lambda epoch, lr: 1)  # type: ignore
+        scheduler = callbacks.LearningRateScheduler(cast(Any, lambda epoch, lr: 1))
         with pytest.raises(RankError if runtime.rank else ValueError, match="should be a float"):
             ranks.fit(runtime, [scheduler])
 

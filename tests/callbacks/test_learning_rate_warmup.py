@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -277,7 +278,7 @@ def test_scaling():
         pytest.approx(0.1 * math.sqrt(2))
     )
     with pytest.raises(SettingError, match="rule is one of linear, sqrt"):
-        callbacks.scaled_learning_rate(0.1, "cubic")  # type: ignore
+        callbacks.scaled_learning_rate(0.1, cast(Any, "cubic"))
 
 
 def test_the_rule():

@@ -47,11 +47,9 @@ def test_plain_keras_gives_the_same(before, backend, size, tmp_path):
     for ours, row in zip(rows, expected, strict=True):
         for name, value in row.items():
             assert float(ours[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
-    losses = [
-        float(re.search(r"Result: .*'loss': (?:np\.float64\()?([0-9.]+)", text)[1])  # type: ignore
-        for text in (output, theirs)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    loss = re.compile(r"Result: .*'loss': (?:np\.float64\()?([0-9.]+)")
+    (ours_last,), (theirs_last,) = (loss.findall(text) for text in (output, theirs))
+    assert float(ours_last) == pytest.approx(float(theirs_last), rel=1e-3)
     assert (tmp_path / "model.keras").exists()
 
 

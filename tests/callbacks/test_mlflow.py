@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
+import mlflow
 import pytest
+from mlflow.keras import MlflowCallback
 
 from orchestrator import callbacks
 from tests.callbacks import ranks
 from tests.callbacks.models import fit, make
-
-mlflow = pytest.importorskip("mlflow")
 
 
 @pytest.fixture
@@ -35,19 +35,21 @@ def logged(run_id: str, metric: str) -> list[float]:
 
 def test_one_process(store):
     with mlflow.start_run() as run:
-        history = fit(make(), callbacks.RankZero(mlflow.keras.MlflowCallback()), epochs=2)
+        history = fit(make(), callbacks.RankZero(MlflowCallback()), epochs=2)
     assert logged(run.info.run_id, "val_loss") == history.history["val_loss"]
 
 
 def test_two_ranks_make_one_run_of_global_metrics(store):
     def rank(runtime):
-        zero = callbacks.RankZero(lambda: mlflow.keras.MlflowCallback())
+        zero = callbacks.RankZero(lambda: MlflowCallback())
         runtime.on_root(lambda: mlflow.start_run().info.run_id)
         history = ranks.fit(runtime, [zero], epochs=3)
         return runtime.on_root(lambda: _ended()), history.history
 
     def _ended():
-        run_id = mlflow.active_run().info.run_id
+        active = mlflow.active_run()
+        assert active is not None
+        run_id = active.info.run_id
         mlflow.end_run()
         return run_id
 

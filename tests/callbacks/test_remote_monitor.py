@@ -6,6 +6,7 @@ import json
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,11 +34,10 @@ def server():
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as served:
-        served.posts = posts  # type: ignore
-        served.root = f"http://127.0.0.1:{served.server_port}"  # type: ignore
+        root = f"http://127.0.0.1:{served.server_port}"
         thread = threading.Thread(target=served.serve_forever)
         thread.start()
-        yield served
+        yield SimpleNamespace(posts=posts, root=root)
         served.shutdown()
         thread.join()
 

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.backend.event_processing import event_accumulator as accumulators
 
 from orchestrator import callbacks, evaluate
 from orchestrator.agreement import RankError
@@ -21,8 +22,6 @@ from orchestrator.config import SettingError
 from tests.callbacks import ranks
 from tests.callbacks.models import X, Y, fit, make
 from tests.callbacks.test_backup_and_restore import Interrupt, end
-
-accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
 def read(folder) -> dict[str, list[tuple[int, float]]]:

@@ -51,7 +51,6 @@ def test_trainjob_is_behind_a_flag(file):
 
 
 def test_validate(tmp_path):
-    pytest.importorskip("kubernetes_validate")
     good = tmp_path / "good.yaml"
     good.write_text(as_yaml(render(settings(), "mpijob")))
     result = run("validate", good)
@@ -66,7 +65,6 @@ def test_validate(tmp_path):
 
 
 def test_validate_says_what_it_cannot_read(tmp_path):
-    pytest.importorskip("kubernetes_validate")
     (tmp_path / "broken.yaml").write_text("a: [")
     (tmp_path / "twice.yaml").write_text("kind: A\nkind: B\n")
     (tmp_path / "list.yaml").write_text("- 1\n")

@@ -16,8 +16,6 @@ from orchestrator.kubernetes.render import render
 from . import api, cases
 from .api import Attempt
 
-pytest.importorskip("kubernetes", reason="the extra k8s holds the client")
-
 INDEX_0 = {"batch.kubernetes.io/job-completion-index": "0"}
 MPIJOBS = "/apis/kubeflow.org/v2beta1/namespaces/ml/mpijobs"
 

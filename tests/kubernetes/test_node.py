@@ -155,7 +155,6 @@ def test_not_indexed(port):
 
 @pytest.mark.distributed
 def test_horovod_meets_there(port):
-    pytest.importorskip("horovod")
     command = pods.python(HOROVOD)
     with (
         node(0, port, *command, timeout=60) as first,
@@ -170,7 +169,6 @@ def test_horovod_meets_there(port):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_preempted_node_leaves_a_checkpoint_that_the_next_start_goes_on_from(tmp_path, port):
-    pytest.importorskip("horovod")
     tree = yaml.safe_load((ROOT / "launch" / "configs" / "digits.yaml").read_text())
     tree["run"]["dir"] = str(tmp_path / "run")
     tree["checkpoint"] = {"every_epochs": 1000}

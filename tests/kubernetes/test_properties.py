@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-import pytest
 import yaml
 from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
@@ -16,8 +15,6 @@ from orchestrator.kubernetes.pods import toleration
 from orchestrator.kubernetes.render import as_yaml, render
 
 from . import cases
-
-pytest.importorskip("kubernetes_validate", reason="the extra k8s holds Kubernetes' schemas")
 
 
 def built(run, kubernetes, options) -> Settings:

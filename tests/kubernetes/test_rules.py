@@ -9,8 +9,6 @@ import pytest
 
 from . import cases
 
-pytest.importorskip("kubernetes_validate", reason="the extra k8s holds Kubernetes' schemas")
-
 Manifests = dict[str, dict[str, Any]]
 
 
