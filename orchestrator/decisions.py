@@ -1,4 +1,4 @@
-"""When to stop, to reduce the learning rate, to save: pure functions of a state and a value.
+"""When to stop, to reduce the learning rate, to save, who is slow: pure functions.
 
 Nothing here knows Keras, the network or the clock. Each function maps (rule, state, value) to a
 decision with the new state; ranks that hold the same state and see the same value decide alike.
@@ -9,6 +9,8 @@ finite value improves on it.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -185,3 +187,26 @@ def scaled(learning_rate: float, factor: float, rule: Scaling) -> float:
 def warmed_up(start: float, end: float, epochs: float, at: float) -> float:
     """From `start` to `end` in a straight line of `epochs`, and then `end`; `at` has fractions."""
     return end if at >= epochs else start + (end - start) * at / epochs
+
+
+def slow_ranks(own: Sequence[float], total: float, factor: float) -> dict[int, float]:
+    """The ranks that hold the others up.
+
+    Args:
+        own: Seconds of each rank's own work, over the same steps.
+        total: Seconds those steps took.
+        factor: Slow is more than so many times the median of the other ranks; above 1. What
+            costs less than a tenth of the steps' time is not.
+
+    Returns:
+        By rank, how many times that median it took.
+    """
+    slow = {}
+    for rank, mine in enumerate(own):
+        others = statistics.median([*own[:rank], *own[rank + 1 :]]) if len(own) > 1 else mine
+        if mine > factor * others and mine - others > _TENTH * total:
+            slow[rank] = mine / others if others > 0 else math.inf
+    return slow
+
+
+_TENTH = 0.1

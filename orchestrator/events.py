@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator import storage
 
 # Of a process, not of the training it continues: kept whatever the training goes back to.
-_OF_A_PROCESS = ("start", "resume", "preempt", "fault")
+OF_A_PROCESS = ("start", "resume", "preempt", "fault", "slow", "times")
 
 
 class Events:
@@ -28,8 +28,8 @@ class Events:
         """Records one decision.
 
         Args:
-            kind: start, best, checkpoint, plateau, stop, restore, resume, preempt, nan, fault or
-                end.
+            kind: start, best, checkpoint, plateau, stop, restore, resume, preempt, nan, fault,
+                slow, times or end.
             epoch: Counted from 0; `None` outside epochs.
             step: The optimizer's iterations so far; `None` where there are none.
             rank: The rank that raised it; 0 for what all ranks decide alike.
@@ -103,7 +103,7 @@ def _record(line: str) -> dict[str, Any]:
 def _is_decision(record: dict[str, Any]) -> bool:
     """Whether the training makes it again when it is continued from before it."""
     of_state = record.get("kind") == "checkpoint" and "state" in record
-    return bool(record) and record["kind"] not in _OF_A_PROCESS and not of_state
+    return bool(record) and record["kind"] not in OF_A_PROCESS and not of_state
 
 
 def _plain(value: Any) -> Any:

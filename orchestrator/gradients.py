@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from orchestrator.communicators.base import Communicator, Wire
 from orchestrator.flags import Flags
+from orchestrator.times import Times
 
 
 class Behind(NamedTuple):
@@ -82,6 +83,7 @@ class Reduction(NamedTuple):
         buckets: Grouped collectives a step.
         wire: The type dense gradients travel in, or `None` for their own.
         flags: What travels beside the count of each step; nothing by default.
+        times: Where the seconds of the reduction are noted; nowhere by default.
     """
 
     communicator: Communicator
@@ -89,6 +91,7 @@ class Reduction(NamedTuple):
     buckets: int = 1
     wire: Wire | None = None
     flags: Flags | None = None
+    times: Times | None = None
 
     def mean(self, grads: Sequence[Any]) -> list[Any]:
         """The global batch's gradients, in one grouped collective a bucket.

@@ -12,6 +12,7 @@ import tensorflow as tf
 from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.flags import Flags
 from orchestrator.gradients import Reduction
+from orchestrator.times import Times
 
 _numbers = itertools.count()
 
@@ -37,10 +38,14 @@ class ReducedApply:
         order = [i for i in reversed(range(len(grads))) if grads[i] is not None]
         if order:
             own = [grads[i] for i in order]
-            if self._optimizer.gradient_accumulation_steps:
-                reduced = self._accumulated(own, self._accumulators(variables, order))
-            else:
-                reduced = self.reduction.mean(own)
+
+            def reduce() -> list[Any]:
+                if self._optimizer.gradient_accumulation_steps:
+                    return self._accumulated(own, self._accumulators(variables, order))
+                return self.reduction.mean(own)
+
+            times = self.reduction.times
+            reduced = reduce() if times is None else times.reducing(own, reduce)
             for i, grad in zip(order, reduced, strict=True):
                 grads[i] = grad
         self._apply(grads, variables)
@@ -82,6 +87,7 @@ def distribute(
     buckets: int = 1,
     compression: Wire | None = None,
     flags: Flags | None = None,
+    times: Times | None = None,
 ) -> keras.optimizers.Optimizer:
     """Makes `optimizer` reduce its gradients; returns it. Does not communicate.
 
@@ -93,6 +99,7 @@ def distribute(
         compression: `"fp16"` or `"bf16"`: dense gradients travel in half precision. `None`, the
             default, sends them as they are.
         flags: Travel beside the count of each step; none by default.
+        times: Where the seconds of the reduction are noted; nowhere by default.
 
     Raises:
         TypeError: `optimizer` is not a Keras 3 optimizer.
@@ -110,7 +117,7 @@ def distribute(
     if communicator.size > 1 and not is_distributed(optimizer):
         # Ranks that distribute their optimizers in one order give them the same names.
         name = f"optimizer.{next(_numbers)}"
-        _replace(optimizer, Reduction(communicator, name, buckets, compression, flags))
+        _replace(optimizer, Reduction(communicator, name, buckets, compression, flags, times))
     return optimizer
 
 

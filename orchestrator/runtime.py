@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import secrets
 import threading
@@ -13,7 +14,17 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
-from orchestrator import agreement, backends, data, fitting, gradients, mirrored, optimizer, steps
+from orchestrator import (
+    agreement,
+    backends,
+    data,
+    fitting,
+    gradients,
+    mirrored,
+    optimizer,
+    steps,
+    waits,
+)
 from orchestrator.communicators.base import WIRES, Communicator, Wire
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.config import BACKENDS, SettingError
@@ -22,6 +33,7 @@ from orchestrator.events import Events
 from orchestrator.faults import Faults
 from orchestrator.flags import Flags
 from orchestrator.sources.position import Position
+from orchestrator.times import Times
 
 T = TypeVar("T")
 
@@ -39,6 +51,7 @@ class Runtime:
         strategy: The `tf.distribute.MirroredStrategy`, or `None`.
         events: Where decisions are recorded; nowhere by default.
         flags: What a rank has to tell the others at the end of a step.
+        times: Where this rank's time goes while it trains.
         positions: Where this rank is in what it gave to `shard`, in the order of the calls.
     """
 
@@ -59,6 +72,7 @@ class Runtime:
         self.strategy = strategy
         self.events = Events()
         self.flags = Flags(alone=communicator.size == 1)
+        self.times = Times(waits.of(communicator) or waits.Waits(math.inf))
         self.positions: list[Position] = []
         self._buckets = gradient_buckets
         self._compression: Wire | None = gradient_compression
@@ -107,7 +121,7 @@ class Runtime:
         then makes one grouped collective a bucket.
         """
         return optimizer.distribute(
-            optimizer_, self.communicator, self._buckets, self._compression, self.flags
+            optimizer_, self.communicator, self._buckets, self._compression, self.flags, self.times
         )
 
     def broadcast(self, model: keras.Model) -> None:
@@ -129,7 +143,7 @@ class Runtime:
         """
         if self.strategy is not None:
             mirrored.prepare(model, self.strategy)
-        return steps.prepare(model, self.communicator, self.say_once)
+        return steps.prepare(model, self.communicator, self.say_once, self.times)
 
     samples = staticmethod(gradients.samples)
 

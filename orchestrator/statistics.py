@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from orchestrator import gradients
 from orchestrator.communicators.base import Communicator
+from orchestrator.times import Times
 
 
 def moving(model: keras.Model) -> list[Any]:
@@ -86,7 +87,7 @@ class MovingStatistics:
         self.stale = state["stale"]
 
 
-def synchronize(model: keras.Model, communicator: Communicator) -> None:
+def synchronize(model: keras.Model, communicator: Communicator, times: Times) -> None:
     """Makes `BatchNormalization(synchronized=True)` normalise by the global batch.
 
     Keras's option knows only the replicas of one process. Two small collectives a layer and step
@@ -94,7 +95,7 @@ def synchronize(model: keras.Model, communicator: Communicator) -> None:
     """
     for index, layer in enumerate(model._flatten_layers()):
         if is_synchronized(layer) and "_moments" not in vars(layer):
-            layer._moments = _GlobalMoments(layer, communicator, f"moments.{index}")
+            layer._moments = _GlobalMoments(layer, communicator, times, f"moments.{index}")
 
 
 def is_synchronized(layer: Any) -> bool:
@@ -105,10 +106,11 @@ def is_synchronized(layer: Any) -> bool:
 class _GlobalMoments:
     """Stands in for one layer's `_moments`: mean and variance over all ranks' samples."""
 
-    def __init__(self, layer: Any, communicator: Communicator, name: str) -> None:
+    def __init__(self, layer: Any, communicator: Communicator, times: Times, name: str) -> None:
         self._own = layer._moments
         self._axes = layer._reduction_axes
         self._communicator = communicator
+        self._times = times
         self._name = name
 
     def __call__(self, inputs: tf.Tensor, mask: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -160,4 +162,5 @@ class _GlobalMoments:
         return total(local)
 
     def _sum(self, value: tf.Tensor, name: str) -> tf.Tensor:
-        return self._communicator.sum_gradients([[value]], name)[0][0]
+        sums = self._communicator.sum_gradients
+        return self._times.reducing([value], lambda: sums([[value]], name))[0][0]

@@ -22,6 +22,7 @@ from orchestrator import (
 )
 from orchestrator import optimizer as optimizers
 from orchestrator.communicators.base import Communicator
+from orchestrator.times import Times
 
 
 class DivergedError(RuntimeError):
@@ -38,7 +39,11 @@ class Steps:
     """
 
     def __init__(
-        self, model: keras.Model, communicator: Communicator, say: Callable[[str], None]
+        self,
+        model: keras.Model,
+        communicator: Communicator,
+        say: Callable[[str], None],
+        times: Times | None = None,
     ) -> None:
         self._model = model
         self._communicator = communicator
@@ -49,7 +54,8 @@ class Steps:
         self._make_train_function = model.make_train_function
         self._make_test_function = model.make_test_function
         losses.count_by_divisor(model, losses.BatchLosses(model, communicator.size).keep)
-        self._waits = waits.of(communicator)
+        self._waits = waits.of(communicator) or waits.Waits(math.inf)
+        self._times = times or Times(self._waits)
         fitting.around(model, communicator, say)
         model.train_step = self._on_own_samples(model.train_step, training=True)
         model.test_step = self._on_own_samples(model.test_step, training=False)
@@ -74,7 +80,8 @@ class Steps:
             count, _ = empty_parts.batch_size(data)
             state = additive.state_variables(model)
             if training:
-                statistics.synchronize(model, self._communicator)
+                self._times.arrived(data)
+                statistics.synchronize(model, self._communicator, self._times)
                 state += _of_this_rank(model)
                 self.statistics.saw(count)
             with gradients.samples(count), watch.step(model, count):
@@ -106,12 +113,12 @@ class Steps:
         return model.train_function
 
     def _self_testing(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        watched = self._waits or waits.Waits(math.inf)
-        model = self._model
+        watched, model = self._waits, self._model
 
         def step(iterator: Any, first: bool = False) -> Any:
             self.statistics.stale = True
-            with watched.on("the first training step" if first else "a training step", first=first):
+            self._times.begin(model.steps_per_execution)
+            with watched.on(waits.FIRST_STEP if first else waits.STEP, first=first):
                 logs = function(iterator)
             watched.stepped(model.steps_per_execution)
             return logs
@@ -203,7 +210,10 @@ _ATTRIBUTE = "_orchestrator_steps"
 
 
 def prepare(
-    model: keras.Model, communicator: Communicator, say: Callable[[str], None]
+    model: keras.Model,
+    communicator: Communicator,
+    say: Callable[[str], None],
+    times: Times | None = None,
 ) -> Steps | None:
     """Readies a model's steps for many ranks, once a model; does not communicate.
 
@@ -212,6 +222,7 @@ def prepare(
             files stay as they are.
         communicator: The ranks.
         say: Called with a line for the terminal.
+        times: Where the seconds of its training steps are noted.
 
     Returns:
         The model's `Steps`, or `None` with one rank, where nothing needs doing.
@@ -220,6 +231,6 @@ def prepare(
         return None
     steps = getattr(model, _ATTRIBUTE, None)
     if steps is None:
-        steps = Steps(model, communicator, say)
+        steps = Steps(model, communicator, say, times)
         object.__setattr__(model, _ATTRIBUTE, steps)
     return steps

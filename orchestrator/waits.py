@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 START = 3
 # What rank 0 does for all (saving, opening) has time-outs of its own, which this is to exceed.
 ROOT_SECONDS = 900.0
+# The calls of the training function, whose gradients are summed inside it.
+STEP, FIRST_STEP = STEPS = ("a training step", "the first training step")
 
 
 class Wait(NamedTuple):
@@ -25,7 +27,7 @@ class Wait(NamedTuple):
 class Waits:
     """One rank's record of its waiting, for `deadline.Deadline` to look at from a thread.
 
-    Entering and leaving a wait is two assignments and a reading of the clock.
+    Entering and leaving a wait is a few assignments and a reading of the clock.
 
     Args:
         timeout: Seconds that a wait for other ranks may last.
@@ -37,6 +39,7 @@ class Waits:
         moved: When it last began or ended a wait.
         step: Training steps made, of the optimizer's count; `None` before the first `fit`.
         started: Whether a training step has been made in this process.
+        seconds: Spent so far, by what it waited in.
     """
 
     def __init__(self, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,6 +50,7 @@ class Waits:
         self.moved = clock()
         self.step: int | None = None
         self.started = False
+        self.seconds: dict[str, float] = {}
         self._for_root = 0
 
     def on(self, call: str, *, first: bool = False) -> _In:
@@ -83,8 +87,10 @@ class _In:
 
     def __exit__(self, kind: Any, error: Any, traceback: TracebackType | None) -> None:
         waits = self._waits
-        waits.current, waits.last = self._before, self._call
-        waits.moved = waits.clock()
+        wait, waits.current, waits.last = waits.current, self._before, self._call
+        waits.moved = now = waits.clock()
+        if wait is not None and self._before is None:
+            waits.seconds[self._call] = waits.seconds.get(self._call, 0.0) + now - wait.since
 
 
 class _ForRoot:

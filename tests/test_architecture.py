@@ -28,6 +28,7 @@ LAYERS = {
     "kubernetes.*": 1,
     "cluster": 2,
     "flags": 2,
+    "times": 2,
     "gradients": 2,
     "optimizer": 2,
     "losses": 2,
@@ -60,6 +61,7 @@ LAYERS = {
     "parts": 5,
     "run_directory": 5,
     "training": 5,
+    "doctor.*": 5,
     "cli": 6,
     "cli_kubernetes": 6,
 }

@@ -22,6 +22,7 @@ from orchestrator.decisions import (
     batches_due,
     early_stopping,
     plateau,
+    slow_ranks,
 )
 
 NAN = math.nan
@@ -305,3 +306,20 @@ def test_batches_due_is_keras(epochs, every):
             batch += stride
             state, due = batches_due(state, batch, every)
             assert due == theirs._should_save_on_batch(batch)
+
+
+@pytest.mark.parametrize(
+    ("own", "total", "slow"),
+    [
+        pytest.param([1, 1, 1, 3], 4, {3: 3.0}, id="one"),
+        pytest.param([3, 1], 4, {0: 3.0}, id="of two"),
+        pytest.param([3, 3, 1, 1, 1], 4, {0: 3.0, 1: 3.0}, id="two of five"),
+        pytest.param([3, 3, 3, 1], 4, {}, id="most: one is fast"),
+        pytest.param([2, 1, 1], 4, {}, id="twice is not more than twice"),
+        pytest.param([0.3, 0.1, 0.1], 4, {}, id="it costs next to nothing"),
+        pytest.param([2, 0, 0], 4, {0: math.inf}, id="the others do nothing"),
+        pytest.param([5], 4, {}, id="alone"),
+    ],
+)
+def test_slow_ranks(own, total, slow):
+    assert slow_ranks(own, total, 2.0) == slow

@@ -15,6 +15,7 @@ from pathlib import Path
 import keras
 import pytest
 import yaml
+from tensorflow.python.framework import config as tf_config
 
 from launch.train import main
 from orchestrator import SettingError, config, runtime, storage
@@ -101,6 +102,7 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop("mine", None)
     yield tmp_path
     runtime.current().close()
+    tf_config.disable_op_determinism()  # of run.deterministic: later tests draw without a seed
     sys.modules.pop("mine", None)
     sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
 

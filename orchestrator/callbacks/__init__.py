@@ -19,6 +19,7 @@ from orchestrator.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau
 from orchestrator.callbacks.remote_monitor import RemoteMonitor
 from orchestrator.callbacks.scaling import scaled_learning_rate
 from orchestrator.callbacks.store_checkpoint import StoreCheckpoint
+from orchestrator.callbacks.stragglers import Stragglers
 from orchestrator.callbacks.swap_ema_weights import SwapEMAWeights
 from orchestrator.callbacks.tensorboard import TensorBoard
 from orchestrator.callbacks.terminate_on_nan import TerminateOnNaN
@@ -48,6 +49,7 @@ __all__ = [
     "ReduceLROnPlateau",
     "RemoteMonitor",
     "StoreCheckpoint",
+    "Stragglers",
     "SwapEMAWeights",
     "TensorBoard",
     "TerminateOnNaN",

@@ -71,6 +71,7 @@ BESIDE_KERAS = [
     "RankAware",
     "RankZero",
     "StoreCheckpoint",
+    "Stragglers",
     "scaled_learning_rate",
 ]
 

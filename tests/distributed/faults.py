@@ -47,6 +47,7 @@ EXPLAINED: dict[str, dict[str, str]] = {
         "mpi": r"Timeout \(0:00:20\)!\n(.*\n)*.*backends.py.* in connect",
     },
     "hang": _both(r"rank {rank} \(.*not waiting for other ranks: in its own code"),
+    "slow": _both(r"Rank {rank} is slow: its own work takes [\d.]+ times"),
     "NaN": _both(r"NaN or Inf loss encountered at batch \d+ on rank {rank}"),
     "bit flip": _both(r"no longer hold the same state: .*rank\(s\) [\d, ]+ is not"),
     "missing step": _both(r"rank {rank} \(.*waiting in allreduce"),
@@ -55,11 +56,13 @@ EXPLAINED: dict[str, dict[str, str]] = {
 }
 # Those of the table; the others are told like one of them.
 TABLE = [
-    *("exception", "sys.exit(0)", "SIGKILL", "SIGSTOP", "NaN", "bit flip", "missing step"),
-    *("other version", "other settings"),
+    *("exception", "sys.exit(0)", "SIGKILL", "SIGSTOP", "slow", "NaN", "bit flip"),
+    *("missing step", "other version", "other settings"),
 ]
 # At a deadline, of which the first `TIMEOUT` seconds are waited.
 SLOW = ("SIGSTOP", "hang", "missing step", "absent")
+# Told, but trained with to the end.
+SURVIVED = ("slow",)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Seen:
 
     Attributes:
         problem: What was not as it must be; empty if nothing.
-        seconds: From the fault to the end of the launcher.
+        seconds: From the fault to the end of the launcher, or until a survived one is told.
         output: What was printed.
         outcome: outcome.json; empty where there is none.
     """
@@ -85,24 +88,32 @@ def provoke(backend: str, size: int, fault: str, rank: int, folder: Path) -> See
     command = ["-m", "tests.distributed.faulty", str(folder), fault, str(rank)]
     env = {"TIMEOUT": str(TIMEOUT)}
     finished = launcher.launch(backend, size, command, folder, deadline=180, env=env)
-    end = time.time()
+    end = told(folder / "run" / "events.jsonl") if fault in SURVIVED else time.time()
     at = folder / "fault-at"
     seconds = end - float(at.read_text()) if at.exists() else float("nan")
     path = folder / "run" / "outcome.json"
     outcome = json.loads(path.read_text()) if path.exists() else {}
     wanted = EXPLAINED[fault][backend].replace("{rank}", str(rank))
     tracebacks = len(re.findall(r"^(?:\[\d+\]<stderr>:)?Traceback", finished.output, re.MULTILINE))
+    ends = fault not in SURVIVED
     problems = [
         "" if at.exists() else "the fault never came",
-        "" if finished.returncode else f"the launcher ended with {finished.returncode}",
+        "" if bool(finished.returncode) is ends else f"it ended with {finished.returncode}",
         "" if not finished.left else f"left: {finished.left}",
         "" if seconds < SECONDS + 3 * TIMEOUT * (fault in SLOW) else "too late",
         "" if re.search(wanted, finished.output) else f"nothing like {wanted!r} was printed",
         # One of a rank's, perhaps with what it was raised from, and horovodrun's own.
         "" if tracebacks <= 2 + (backend == "horovod") else f"{tracebacks} tracebacks",
-        "" if outcome.get("exit_code") != 0 else f"outcome.json says {outcome}",
+        "" if (outcome.get("exit_code") != 0) is ends else f"outcome.json says {outcome}",
     ]
     return Seen("; ".join(filter(None, problems)), seconds, finished.output, outcome)
+
+
+def told(events: Path) -> float:
+    """When a slow rank was named."""
+    lines = events.read_text().splitlines() if events.exists() else []
+    times = [event["time"] for event in map(json.loads, lines) if event["kind"] == "slow"]
+    return times[0] if times else float("nan")
 
 
 def main() -> int:

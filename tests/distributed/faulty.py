@@ -24,6 +24,7 @@ from orchestrator.backends import launched_rank
 
 importlib.import_module("orchestrator.training")  # before the clock is read
 AT = 6  # steps
+PAUSE = 0.05  # seconds a step, of a rank that is slow: ten times and more of what a step takes
 ROWS, BATCH = 240, 12
 
 
@@ -71,11 +72,14 @@ class GoWrong(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         _, fault, rank = asked()
-        if launched_rank() != rank or int(self.model.optimizer.iterations.numpy()) != AT:
+        if launched_rank() != rank:
             return
-        if fault in ACTS:
+        step = int(self.model.optimizer.iterations.numpy())
+        if step == AT and fault in ACTS:
             now()
             ACTS[fault](self.model)
+        if step >= AT and fault == "slow":
+            time.sleep(PAUSE)
 
 
 def raise_(model):
@@ -105,6 +109,7 @@ ACTS = {
     "hang": lambda model: time.sleep(3600),
     "bit flip": flip,
     "NaN": poison,
+    "slow": lambda model: None,
 }
 
 
@@ -122,7 +127,7 @@ def model() -> keras.Model:
     return net
 
 
-SETTINGS = {
+SETTINGS: dict = {
     "train": {"epochs": 3, "global_batch_size": BATCH},
     "data": {"factory": "tests.distributed.faulty:data"},
     "model": {"factory": "tests.distributed.faulty:model"},
@@ -137,6 +142,8 @@ def main() -> int:
     sys.modules["tests.distributed.faulty"] = sys.modules[__name__]
     folder, fault, _ = asked()
     settings = folder / f"settings-{launched_rank()}.yaml"
+    if fault == "slow":  # beside the guard's own time few are ten times as slow
+        SETTINGS["callbacks"] = []
     run = {"dir": str(folder / "run"), "seed": 1, "timeout": float(os.environ["TIMEOUT"])}
     settings.write_text(yaml.safe_dump({"run": run, **SETTINGS}))
     words = ["--config", str(settings)]

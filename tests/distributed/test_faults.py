@@ -21,6 +21,7 @@ pytestmark = pytest.mark.distributed
         ("mpi", "exception", 1),
         ("mpi", "hang", 0),
         ("mpi", "other settings", 1),
+        ("mpi", "slow", 0),
     ],
 )
 def test_a_fault_is_told_and_ends_the_job(backend, fault, rank, tmp_path):

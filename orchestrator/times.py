@@ -1,0 +1,110 @@
+"""Where a rank's time goes: into its own work, or into waiting for data and for other ranks."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import tensorflow as tf
+
+from orchestrator.waits import STEPS, Waits
+
+T = TypeVar("T")
+
+
+class Spent(NamedTuple):
+    """Seconds of one rank over some training steps, and what it did between them.
+
+    Attributes:
+        steps: Calls of the training function.
+        total: From the first to the last moment.
+        data: Waiting for data; 0 where a call makes more than one step.
+        reduction: From when its own gradients were there until everyone's were.
+        inside: In the training function, `data` and `reduction` included.
+        waiting: For other ranks, outside the training function.
+    """
+
+    steps: int
+    total: float
+    data: float
+    reduction: float
+    inside: float
+    waiting: float
+
+    @property
+    def own(self) -> float:
+        """Seconds in which it was not waiting for other ranks."""
+        return self.total - self.reduction - self.waiting
+
+    @property
+    def between(self) -> float:
+        """Seconds of its own outside the training function: callbacks, validation, saving."""
+        return self.total - self.inside - self.waiting
+
+
+class Times:
+    """Adds up one rank's seconds; does not communicate.
+
+    Inside the training function it is TensorFlow that reads the clock, when the operations before
+    have ended; on a GPU that is when they have been handed to it.
+
+    Args:
+        waits: What this rank waits in, outside the graph.
+    """
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self._origin = time.time()  # sums of small numbers stay exact
+        self._entered = 0.0
+        self._steps = 0
+        self._arrivals = True
+        self._began = waits.clock()
+        self._waited = dict(waits.seconds)
+
+    @functools.cached_property
+    def _sums(self) -> Any:
+        """Of the moments data arrived, and of the seconds in the reduction."""
+        with tf.init_scope(), tf.device("/CPU:0"):
+            return tf.Variable(tf.zeros(2, tf.float64), trainable=False)
+
+    def begin(self, steps: int) -> None:
+        """Notes that the training function is called, for so many steps."""
+        self._steps += 1
+        self._entered += time.time() - self._origin
+        self._arrivals = steps == 1
+
+    def arrived(self, data: Any) -> None:
+        """Notes when this step's data are there; called while it is traced."""
+        with tf.control_dependencies(tf.nest.flatten(data)):
+            now = tf.timestamp() - self._origin
+        self._sums.assign_add([now, 0.0])
+
+    def reducing(self, own: Sequence[Any], reduce: Callable[[], T]) -> T:
+        """Calls `reduce`, whose time from `own` to its result is noted; while a step is traced."""
+        with tf.control_dependencies(_tensors(own)):
+            ready = tf.timestamp()
+        reduced = reduce()
+        with tf.control_dependencies(_tensors(reduced)):
+            self._sums.assign_add([0.0, tf.timestamp() - ready])
+        return reduced
+
+    def take(self) -> Spent:
+        """What was spent since the last time; begins anew."""
+        now, waited = self._waits.clock(), dict(self._waits.seconds)
+        arrived, reduction = map(float, self._sums.numpy())
+        calls = {call: s - self._waited.get(call, 0.0) for call, s in waited.items()}
+        inside = sum(calls.pop(name, 0.0) for name in STEPS)
+        data = arrived - self._entered if self._arrivals else 0.0
+        spent = Spent(
+            self._steps, now - self._began, max(data, 0.0), reduction, inside, sum(calls.values())
+        )
+        self._sums.assign([0.0, 0.0])
+        self._began, self._waited = now, waited
+        self._entered, self._steps = 0.0, 0
+        return spent
+
+
+def _tensors(values: Any) -> list[Any]:
+    return [v.values if isinstance(v, tf.IndexedSlices) else v for v in tf.nest.flatten(values)]
