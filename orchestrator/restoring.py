@@ -18,7 +18,7 @@ from orchestrator.checkpoint.catalog import Checkpoint, Fetched
 from orchestrator.checkpoint.layout import WEIGHTS
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
-from orchestrator.resume import files
+from orchestrator.resume import files, own
 from orchestrator.runtime import Runtime, current
 
 
@@ -147,6 +147,29 @@ def at(url: str) -> tuple[str, int | None]:
     parent, _, name = url.rstrip("/").rpartition("/")
     step = manifest.step_of(name)
     return (url, None) if step is None else (parent or os.curdir, step)
+
+
+def roll_back(runtime: Runtime, store: CheckpointStore, model: keras.Model) -> Checkpoint | None:
+    """Gives a model in training the newest whole checkpoint's weights; called by all ranks.
+
+    And the optimizer's state, moving statistics and accumulated gradients of that time. The place
+    in the data, generators and callbacks stay where they are. Rank 0 reads it, and broadcasts.
+
+    Returns:
+        The checkpoint, or `None` where there is no whole one: nothing is changed.
+
+    Raises:
+        SettingError: On every rank: the store cannot be read.
+    """
+    opened = open_newest(runtime, store)
+    if opened is None:
+        return None
+    with contextlib.closing(opened):
+        opened.load(model)
+    if opened.state is not None:
+        saved = opened.state["ranks"]
+        own.roll_back(model, runtime.prepare(model), saved, runtime.rank, runtime.size)
+    return opened.checkpoint
 
 
 def restore(model: keras.Model, store: CheckpointStore | str) -> Checkpoint | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from orchestrator import runtime as runtimes
 from orchestrator.callbacks.global_metrics import insert_first, members, move_last
+from orchestrator.checkpoint.catalog import Checkpoint
 from orchestrator.checkpoint.layout import WEIGHTS
 from orchestrator.checkpoint.retention import EveryEpochs, Keep, Moment, Save
 from orchestrator.checkpoint.state import Snapshot
@@ -20,7 +21,7 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.writer import Writer
 from orchestrator.optimizer import calls
 from orchestrator.preemption import Preempted, Watch
-from orchestrator.restoring import Opened, open_newest
+from orchestrator.restoring import Opened, open_newest, roll_back
 from orchestrator.resume import files
 from orchestrator.resume.epochs import Epochs, calling_fit
 from orchestrator.resume.training import Place, Training
@@ -39,6 +40,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
     (one small broadcast); it is written in the background. An error there is raised on all ranks
     at the end of a step soon after, and at the latest at the end of training, which waits until
     all is written.
+
+    Weights that are NaN or infinite are not saved: nobody could go on from them.
 
     SIGTERM or SIGUSR1 on any rank, or a notice, is told beside the gradients of the next step.
     All ranks then save, wait until that is committed, and raise `Preempted`, which ends the
@@ -120,6 +123,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
         for flag in ("failed", "save", "preempt"):  # of an earlier training
             self._runtime.flags.down(flag)
         self._goes_on: Mapping[str, Any] | None = None
+        self._committed: int | None = None
         place = self._continue() or Place(0, 0, int(calls(self.model.optimizer).numpy()))
         self._runtime.on_root(self._prepare)
         self._epoch = place.epoch
@@ -145,6 +149,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
             runtime.events.rewind(0, 0)
             return None
         state = opened.state
+        self._committed = state["step"]
         with contextlib.closing(opened):
             self._training.check(state)
             opened.load(model)
@@ -224,6 +229,14 @@ class StoreCheckpoint(keras.callbacks.Callback):
             self._watch.__exit__(None, None, None)
             self._watch = None
 
+    def roll_back(self) -> Checkpoint | None:
+        """Gives the model the newest whole checkpoint's weights; by all ranks, between two steps.
+
+        See `restoring.roll_back`. Waits for saves in the background.
+        """
+        self._runtime.on_root(self._writer.flush)
+        return roll_back(self._runtime, self.store, self.model)
+
     def _now(self) -> Moment:
         return Moment(self._epoch, self._before + self._batches, self._clock())
 
@@ -236,21 +249,29 @@ class StoreCheckpoint(keras.callbacks.Callback):
         """Saves this moment, waits for it, and ends training; by all ranks."""
         if self._now().step > self._last.step:
             self._save({}, logs, self._batches)
-        self._runtime.on_root(self._writer.close)
+        committed = self._runtime.on_root(self._flushed)
         reasons = self._runtime.communicator.allgather_object(getattr(self, "_why", None))
         told = ((rank, why) for rank, why in enumerate(reasons) if why)
         rank, why = next(told, (0, "a notice"))
         step = self._last.step
+        which = (
+            "which is committed in" if committed == step else f"and step {committed} is the last in"
+        )
         self._runtime.events.emit("preempt", epoch=self._epoch, step=step, rank=rank, notice=why)
         if self._watch is not None:
             self._watch.committed()
             self._watch = None  # it hears signals until the process ends
         raise Preempted(
-            f"Preempted ({why} on rank {rank}) at step {step}, which is committed in "
-            f"{self.store.url}. The same command goes on from there.",
+            f"Preempted ({why} on rank {rank}) at step {step}, {which} {self.store.url}. "
+            "The same command goes on from there.",
             epoch=self._epoch,
             step=step,
         )
+
+    def _flushed(self) -> int | None:
+        """The last step that is committed, once all is written; on rank 0."""
+        self._writer.close()
+        return self._committed
 
     def _save(self, metrics: Mapping[str, Any], last_logs: Mapping[str, Any], batch: int) -> None:
         """Saves this moment; by all ranks."""
@@ -272,6 +293,10 @@ class StoreCheckpoint(keras.callbacks.Callback):
     ) -> None:
         """Commits one checkpoint; on rank 0, in the writer's thread."""
         epoch = None if place.epoch == 0 else place.epoch - 1
+        broken = snapshot.not_finite()
+        if broken is not None:
+            self._runtime.say(f"Not saved at step {place.step}: {broken} is not finite.")
+            return
         try:
             saved = self.store.save(
                 {
@@ -284,6 +309,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
                 metrics=metrics,
                 world_size=self._runtime.size,
             )
+            self._committed = place.step
             if self._keep:
                 self.store.prune(self._keep)
         except BaseException:

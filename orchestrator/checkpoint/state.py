@@ -70,6 +70,14 @@ class Snapshot:
                 np.copyto(self._buffers.held[id(variable)][1], value)
         self._is_filled = True
 
+    def not_finite(self) -> str | None:
+        """The path of the first trainable variable whose copy holds a NaN or an infinity."""
+        for variable in self._model.trainable_variables:
+            _, copied = self._buffers.held.get(id(variable), (variable, np.zeros(0)))
+            if not np.isfinite(copied).all():
+                return variable.path
+        return None
+
     def write_weights(self, path: str) -> str:
         """Writes what `model.save_weights` would have, and syncs it to the disk.
 

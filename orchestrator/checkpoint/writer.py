@@ -122,20 +122,18 @@ class Writer(Generic[Buffer]):
         if error is not None:
             raise error
 
-    def close(self, timeout: float | None = None, *, every: float = 10.0) -> None:
-        """Waits for all saves and ends the thread; a second call does nothing.
+    def flush(self, timeout: float | None = None, *, every: float = 10.0) -> None:
+        """Waits for all saves; more may come.
 
         Args:
             timeout: Seconds to wait; the writer's own by default.
             every: Seconds between the lines it prints meanwhile.
 
         Raises:
-            TimeoutError: The deadline has passed. Queued saves are dropped; the one being written
-                may still end while the process lives.
+            TimeoutError: The deadline has passed. Queued saves are dropped and the writer is
+                closed; the one being written may still end while the process lives.
             Exception: The first error in the background.
         """
-        if self._is_closed:
-            return
         began = time.monotonic()
         timeout = self._timeout if timeout is None else timeout
         while not self._settle(began + timeout, every):
@@ -146,13 +144,27 @@ class Writer(Generic[Buffer]):
                 f"Waiting for {self._unwritten()} to be written, {waited:.0f} s of at most "
                 f"{timeout:.0f} s so far"
             )
+        self.raise_if_failed()
+
+    def close(self, timeout: float | None = None, *, every: float = 10.0) -> None:
+        """Waits for all saves as `flush` does and ends the thread; a second call does nothing."""
+        if self._is_closed:
+            return
+        try:
+            self.flush(timeout, every=every)
+        except Exception:
+            self._end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        """Ends the thread, unless it is still writing after the deadline."""
         with self._change:
-            self._is_closed = True
+            given_up, self._is_closed = self._is_closed, True
             self._change.notify_all()
         _open.discard(self)
-        if self._thread is not None:
+        if self._thread is not None and not given_up:
             self._thread.join()
-        self.raise_if_failed()
 
     def __enter__(self) -> Writer[Buffer]:
         return self

@@ -40,14 +40,21 @@ def restore(
     model's seeds are left as they are, ranks that were not there take rank 0's generators, and
     what had been accumulated is rank 0's alone.
     """
-    same = len(saved) == size
     mine = saved[rank if rank < len(saved) else 0]
-    if same:
+    if len(saved) == size:
         _assign(weights.seed_variables(model), mine["seeds"])
-        if steps is not None:
-            steps.statistics.restore(mine["statistics"])
-    _assign(_accumulated(model), _share([one["accumulated"] for one in saved], rank, same))
+    roll_back(model, steps, saved, rank, size)
     randomness.restore(mine["random"])
+
+
+def roll_back(
+    model: keras.Model, steps: Steps | None, saved: Sequence[dict[str, Any]], rank: int, size: int
+) -> None:
+    """As `restore`, but for seeds and generators, which go on as they are."""
+    same = len(saved) == size
+    if same and steps is not None:
+        steps.statistics.restore(saved[rank]["statistics"])
+    _assign(_accumulated(model), _share([one["accumulated"] for one in saved], rank, same))
 
 
 def restore_metrics(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import keras
 import numpy as np
 import pytest
 
-from orchestrator import callbacks
+from orchestrator import SettingError, callbacks
+from orchestrator.checkpoint.retention import EverySteps
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.runtime import Runtime
 from tests.callbacks import ranks
@@ -140,3 +143,103 @@ def test_ranks_raise_together():
     for _, _, error in on_two_ranks(6, raise_error=True):
         assert error is not None
         assert error.startswith("NaN or Inf loss encountered at batch 1 on rank 1.")
+
+
+def saving(tmp_path, save=None):
+    return callbacks.StoreCheckpoint(
+        str(tmp_path / "store"), save=save or EverySteps(2), background=False
+    )
+
+
+def poisoned_once(model, terminate, saver, at=9, epochs=1):
+    """Three batches an epoch; the one with the sample is NaN each time."""
+    return model.fit(
+        X,
+        poisoned(at),
+        batch_size=4,
+        shuffle=False,
+        epochs=epochs,
+        verbose=0,
+        callbacks=[terminate, saver],
+    )
+
+
+def test_rollbacks_in_one_process(tmp_path, capsys):
+    model, terminate, saver = make(), callbacks.TerminateOnNaN(rollbacks=2, factor=0.1), None
+    saver = saving(tmp_path)
+    poisoned_once(model, terminate, saver, epochs=5)
+    said = capsys.readouterr().out
+    assert (
+        "Batch 2: Invalid loss, back to the weights of step 2 with learning_rate 0.01 "
+        "(rollback 1 of 2)" in said
+    )
+    assert "Batch 2: Invalid loss, back to the weights of step 4" in said
+    assert "Batch 2: Invalid loss, terminating training" in said
+    assert float(model.optimizer.learning_rate.numpy()) == pytest.approx(0.001)
+    assert terminate.get_state() == {"rollbacks": 2}
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path, capsys):
+    seen = Batches()
+    terminate, saver = callbacks.TerminateOnNaN(rollbacks=2), saving(tmp_path, EverySteps(50))
+    model = make()
+    callbacks_ = [terminate, saver, seen]
+    model.fit(X, poisoned(5), batch_size=4, shuffle=False, verbose=0, callbacks=callbacks_)
+    assert seen.seen == [(0, 0), (0, 1)]
+    assert "terminating training" in capsys.readouterr().out
+
+
+def test_rollbacks_are_remembered():
+    terminate = callbacks.TerminateOnNaN(rollbacks=2)
+    terminate.set_state({"rollbacks": 2})
+    assert terminate.get_state() == {"rollbacks": 2}
+
+
+def test_moving_statistics_and_accumulated_gradients_go_back(tmp_path):
+    """A NaN in either would outlive the weights."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    )
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    x = X.copy()
+    x[9] = np.nan
+    own = [callbacks.TerminateOnNaN(rollbacks=1), saving(tmp_path, EverySteps(2))]
+    model.fit(x, Y, batch_size=4, shuffle=False, verbose=0, callbacks=own)
+    assert all(np.isfinite(v.numpy()).all() for v in model.variables + optimizer.variables)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollbacks": -1}, "rollbacks is 0 or more"),
+        ({"rollbacks": 1, "factor": 0}, "factor above 0 and at most 1"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        callbacks.TerminateOnNaN(**options)
+
+
+def test_rollbacks_need_a_store(tmp_path):
+    with pytest.raises(SettingError, match="put a StoreCheckpoint into the callbacks"):
+        fit(make(), callbacks.TerminateOnNaN(rollbacks=1))
+
+
+def test_rollbacks_need_a_rate_that_can_be_set(tmp_path):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    model = make(optimizer=keras.optimizers.SGD(schedule))
+    with pytest.raises(SettingError, match="is a LearningRateSchedule"):
+        fit(model, callbacks.TerminateOnNaN(rollbacks=1), saving(tmp_path))
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path, capsys):
+    """And a training that ended so is not continued from there."""
+    saver = saving(tmp_path, EverySteps(1))
+    poisoned_once(make(), callbacks.TerminateOnNaN(), saver)
+    assert [one.step for one in saver.store.list()] == [1, 2]
+    assert re.search(r"Not saved at step 3: \S+ is not finite", capsys.readouterr().out)
+    again = callbacks.StoreCheckpoint(saver.store, resume=True)
+    fit(make(), again)
+    assert "Continuing at epoch 1, batch 3 (step 2)" in capsys.readouterr().out
