@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -122,6 +123,28 @@ def launch(
         launcher_args=launcher_args,
     )
     raise typer.Exit(job.run())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, on one line.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="A URL or folder where writing and reading is tried.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="As run.backend.")] = "auto",
+    folder: Annotated[str, typer.Option("--dir", help="The folder whose disk is looked at.")] = ".",
+) -> None:
+    """See what is off with the ranks, their hosts and what is between them; under any launcher.
+
+    Rank 0 prints. Ends with 1 if something is wrong, on all ranks.
+    """
+    # TensorFlow takes seconds to import, and says more than anybody wants to read here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from orchestrator.doctor import examine, show
+
+    report = examine.examine(backend, storage, folder)
+    show.tell(report, as_json=as_json)
+    raise typer.Exit(report.exit_code)
 
 
 def _show(table: Table, rows: int, url: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,46 @@ from orchestrator.communicators.base import Op, Wire
 
 # What Horovod (common/common.h), Gloo (in every path it names) and NCCL say of a rank that is gone.
 _LOST = ("Horovod has been shut down", "gloo/transport/", "remote process exited")
+
+
+def _load() -> Any:
+    try:
+        import horovod.tensorflow as hvd
+    except Exception as error:
+        raise ImportError(
+            "backend='horovod' needs Horovod built for the installed TensorFlow "
+            f"{tf.__version__}, and importing it failed: {error}. Build it with "
+            "`python tools/build_horovod` and install the wheel it prints, or start the "
+            "ranks with `mpiexec` and backend='mpi'."
+        ) from error
+    return hvd
+
+
+def installed() -> dict[str, str] | None:
+    """Horovod's `version` and the `tensorflow` it was built for; `None` where it is missing.
+
+    Reads its files without loading it; does not communicate.
+    """
+    try:
+        found = importlib.metadata.distribution("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    told = Path(str(found.locate_file("horovod/metadata.json")))
+    built_for = json.loads(told.read_text()).get("tensorflow", "") if told.is_file() else ""
+    return {"version": found.version, "tensorflow": str(built_for)}
+
+
+def build() -> dict[str, bool]:
+    """What Horovod was built with: `gloo`, `mpi`, `nccl`, `cuda`, `rocm`.
+
+    Loads it, and does not begin it; does not communicate.
+
+    Raises:
+        ImportError: Horovod is missing or does not load beside this TensorFlow.
+    """
+    hvd = _load()
+    parts = ("gloo", "mpi", "nccl", "cuda", "rocm")
+    return {name: bool(getattr(hvd, f"{name}_built")()) for name in parts}
 
 
 class HorovodCommunicator:
@@ -29,15 +72,7 @@ class HorovodCommunicator:
         # One gradient bucket is one fused message and nothing joins it: where an element lies in
         # the message decides the order of its sum, which must not change from run to run.
         os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
-        try:
-            import horovod.tensorflow as hvd
-        except Exception as error:
-            raise ImportError(
-                "backend='horovod' needs Horovod built for the installed TensorFlow "
-                f"{tf.__version__}, and importing it failed: {error}. Build it with "
-                "`python tools/build_horovod` and install the wheel it prints, or start the "
-                "ranks with `mpiexec` and backend='mpi'."
-            ) from error
+        hvd = _load()
         hvd.init()
         self._hvd = hvd
         self._ops = {"sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max}

@@ -13,6 +13,28 @@ import tensorflow as tf
 from orchestrator.communicators.base import Op, Wire
 
 
+def build() -> dict[str, str]:
+    """The MPI `library` that mpi4py loads and the `standard` it follows.
+
+    Loads it; does not communicate. In a process whose ranks have not joined it does not begin MPI,
+    and `MPICommunicator` can then no longer be made there.
+
+    Raises:
+        ImportError: mpi4py or the MPI library is missing.
+    """
+    try:
+        if "mpi4py.MPI" not in sys.modules:
+            import mpi4py
+
+            mpi4py.rc.initialize = False  # without its launcher an MPI may end the process
+        from mpi4py import MPI
+    except Exception as error:
+        raise ImportError(f"importing mpi4py failed: {error}") from error
+    # MPICH's goes on for a page.
+    library = " ".join(MPI.Get_library_version().splitlines()[0].replace("Version:", "").split())
+    return {"library": library, "standard": ".".join(map(str, MPI.Get_version()))}
+
+
 class MPICommunicator:
     """Collectives by mpi4py on host memory, on a communicator of our own.
 
