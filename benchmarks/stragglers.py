@@ -84,19 +84,19 @@ def main() -> None:
     for units in (64, 512):
         with_, without = (stepper(runtime, units, measured) for measured in (True, False))
         for _ in range(WARM_UP):
-            with_(), without()
+            with_()
+            without()
         turns = np.zeros((asked.turns, 2))
         for turn in range(asked.turns):
             for which in (0, 1) if turn % 2 else (1, 0):
                 turns[turn, which] = seconds((with_, without)[which])
         slowest = np.max(runtime.communicator.allgather_object(turns), 0)
         low, ratio, high = np.percentile(slowest[:, 0] / slowest[:, 1], [25, 50, 75])
-        usual = np.median(slowest, 0)
+        measured, usual = np.median(slowest, 0)
         runtime.say(
-            f"{runtime.size} ranks under {runtime.backend}, dense 4 x {units}: a step "
-            f"{usual[1] * 1e3:.2f} ms; measured it takes {ratio:.4f} of it [{low:.3f}, {high:.3f}]; "
-            f"the medians differ by {(usual[0] - usual[1]) * 1e6:.0f} us "
-            f"({usual[0] / usual[1] - 1:.2%})"
+            f"{runtime.size} ranks under {runtime.backend}, dense 4 x {units}: a step takes "
+            f"{usual * 1e3:.2f} ms, measured {ratio:.4f} of it [{low:.3f}, {high:.3f}]; medians "
+            f"{(measured - usual) * 1e6:.0f} us apart ({measured / usual - 1:.2%})"
         )
 
 

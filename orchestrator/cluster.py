@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -163,6 +164,29 @@ class Cluster:
         found = self.json("GET", path, labelSelector=f"app.kubernetes.io/instance={name}")["items"]
         return sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"], reverse=True)
 
+    def wait(self, job: Tree, seconds: float) -> None:
+        """Returns once a job is no longer as it was when it was read, and after that time anyway.
+
+        A watch on the one object (https://kubernetes.io/docs/reference/using-api/api-concepts/).
+        """
+        name, version = job["metadata"]["name"], job["metadata"].get("resourceVersion", "")
+        try:
+            answer = self.call(
+                "GET",
+                self.path(job, name=False),
+                watch="true",
+                fieldSelector=f"metadata.name={name}",
+                resourceVersion=version,
+                timeoutSeconds=max(1, round(seconds)),
+            )
+        except self._failure as error:
+            if error.status not in (404, 410):  # gone, or too much has happened since
+                raise
+            time.sleep(min(seconds, 1.0))
+            return
+        with contextlib.closing(answer.response) as response:
+            next(response.stream(), None)
+
     def log(self, pod: Tree, *, follow: bool) -> Iterator[str]:
         """The lines of a pod's log, as they come."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}/log"
@@ -231,16 +255,19 @@ def _has_started(pod: Tree) -> bool:
 
 
 def follow(
-    cluster: Cluster, job: Tree, say: Callable[[str], None], *, every: float = 2.0
+    cluster: Cluster, job: Tree, say: Callable[[str], None], *, every: float = 10.0
 ) -> tuple[int, bool]:
     """Shows rank 0's log, over all its pods, until the job has ended.
+
+    Waits for changes of the job by a watch, and looks by itself every so many seconds.
 
     Returns:
         Its exit code, and whether it was preempted rather than failed.
     """
     name, followed, pods = job["metadata"]["name"], set(), []
     while True:
-        stands = state(cluster.get(job))
+        found = cluster.get(job)
+        stands = state(found)
         pods = cluster.pods(name) or pods
         pod = first_pod(pods)
         if pod is not None and pod["metadata"]["uid"] not in followed and _has_started(pod):
@@ -252,7 +279,7 @@ def follow(
             if stands.succeeded:
                 return 0, False
             return exit_code(pod) or 1, was_taken(pods)
-        time.sleep(every)
+        cluster.wait(found or job, every)
 
 
 def submit(
@@ -261,7 +288,7 @@ def submit(
     say: Callable[[str], None],
     *,
     resubmit: int = 0,
-    every: float = 2.0,
+    every: float = 10.0,
 ) -> int:
     """Starts a run and follows it to its end.
 
@@ -271,7 +298,7 @@ def submit(
         say: Takes each line to be shown.
         resubmit: How often a preempted or evicted job is made anew; each goes on from its newest
             checkpoint.
-        every: Seconds between two looks at the job.
+        every: Seconds between two looks at the job, if no change of it is told.
 
     Returns:
         The exit code of the last attempt.

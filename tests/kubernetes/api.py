@@ -8,7 +8,7 @@ import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[Any] = []
         self.objects: dict[str, Any] = {}
         self.pods: list[dict[str, Any]] = []
+        self.watched = threading.Event()  # set to end streams
         self.playing: tuple[str, list[int], str] | None = None
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -55,9 +56,19 @@ class Server(ThreadingHTTPServer):
                     "labels": labels,
                     "creationTimestamp": f"2026-01-01T00:00:{index:02d}Z",
                 },
-                "status": {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]},
+                "status": {"phase": "Pending"},
             }
         )
+
+    def change(self, path: str) -> bool:
+        """What a cluster does meanwhile: the newest pod starts to run, of a job that is made."""
+        if not self.pods or self.pods[-1]["status"]["phase"] != "Pending":
+            return False
+        running = [{"state": {"running": {}}}]
+        self.pods[-1]["status"] = {"phase": "Running", "containerStatuses": running}
+        metadata = self.objects[path]["metadata"]
+        metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
+        return True
 
     def end_pod(self) -> None:
         """The pod that runs ends with the next code; the last of them ends the job."""
@@ -78,6 +89,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _serve(self) -> None:
@@ -90,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.server.objects.get(url.path)
         if log := re.fullmatch(r".*/pods/(train-\d+)/log", url.path):
             self._log(log[1], follow="follow=true" in url.query)
+        elif "watch=true" in url.query:
+            self._watch(url.path, urllib.parse.parse_qs(url.query))
         elif url.path.endswith("/pods"):
             self._answer(200, {"items": self.server.pods})
         elif self.command == "PATCH":
@@ -113,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in self.server.objects:
             self._answer(409, {"kind": "Status", "reason": "AlreadyExists"})
             return
+        body["metadata"]["resourceVersion"] = "1"
         self.server.objects[path] = body
         if path.split("/")[-2] in JOBS and self.server.attempts:
             attempt = self.server.attempts.pop(0)
@@ -120,14 +135,40 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.start_pod()
         self._answer(201, body)
 
+    def _watch(self, path: str, asked: dict[str, list[str]]) -> None:
+        """One event, if there is something to tell; the stream then stays open for its time."""
+        name = asked["fieldSelector"][0].removeprefix("metadata.name=")
+        found = self.server.objects[f"{path}/{name}"]
+        if asked["resourceVersion"][0] != found["metadata"]["resourceVersion"]:
+            self._answer(410, {"kind": "Status", "reason": "Expired"})
+            return
+        with self._stream() as send:
+            if self.server.change(f"{path}/{name}"):
+                send(json.dumps({"type": "MODIFIED", "object": found}))
+                self.server.watched.wait(float(asked["timeoutSeconds"][0]))
+
     def _log(self, pod: str, *, follow: bool) -> None:
+        with self._stream() as send:
+            send(f"{pod}: epoch 1")
+            send(f"{pod}: épilogue")
+            if follow:
+                self.server.end_pod()
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[Callable[[str], None]]:
+        """Lines in chunks, as an API server sends them; the client may be gone meanwhile."""
         self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for line in (f"{pod}: epoch 1", f"{pod}: épilogue"):
-            self.wfile.write(f"{line}\n".encode())
-            self.wfile.flush()
-        if follow:
-            self.server.end_pod()
+
+        def send(line: str) -> None:
+            data = f"{line}\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+        with contextlib.suppress(ConnectionError):
+            yield send
+            self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = True
 
     def _answer(self, status: int, body: Any) -> None:
         data = json.dumps(body).encode()
@@ -151,6 +192,7 @@ def serving(*attempts: Attempt, first: dict[str, str] | None = None) -> Iterator
     try:
         yield server
     finally:
+        server.watched.set()
         server.shutdown()
         thread.join()
         server.server_close()

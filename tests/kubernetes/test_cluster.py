@@ -35,7 +35,7 @@ def connect(tmp_path, monkeypatch):
 def submit(connect, server, target="mpijob", **options):
     said: list[str] = []
     manifests = render(cases.settings(), target)
-    code = cluster.submit(connect(server), manifests, said.append, every=0.01, **options)
+    code = cluster.submit(connect(server), manifests, said.append, every=60, **options)
     return code, said
 
 
@@ -62,6 +62,29 @@ def test_a_job_that_succeeds(connect):
     ]
     sent = [body for body in server.bodies if body]
     assert sent == render(cases.settings(), "mpijob")
+
+
+def test_changes_are_watched(connect):
+    """Each wait is one stream, ended by its first event and not by its 60 s."""
+    with api.serving(Attempt((75, 0)), first=INDEX_0) as server:
+        code, _ = submit(connect, server, "job")
+        watches = [line for line in server.requests if "watch=true" in line]
+    assert code == 0
+    jobs = "/apis/batch/v1/namespaces/ml/jobs?watch=true&fieldSelector=metadata.name%3Dtrain"
+    assert watches == [
+        f"GET {jobs}&resourceVersion={version}&timeoutSeconds=60" for version in ("1", "2")
+    ]
+
+
+def test_a_watch_that_comes_too_late_is_begun_anew(connect):
+    with api.serving(Attempt((0,))) as server:
+        client = connect(server)
+        client.apply(render(cases.settings(), "mpijob"))
+        job = cluster.job_of(render(cases.settings(), "mpijob"))
+        job["metadata"]["resourceVersion"] = "0"
+        client.wait(job, 0.01)  # 410
+        client.wait(client.get(job), 60)
+        assert server.pods[0]["status"]["phase"] == "Running"
 
 
 def test_pods_that_the_cluster_itself_makes_anew_are_followed(connect):
