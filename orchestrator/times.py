@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,7 @@ import tensorflow as tf
 from orchestrator.waits import STEPS, Waits
 
 T = TypeVar("T")
+_config = importlib.import_module("tensorflow.python.framework.config")
 
 
 class Spent(NamedTuple):
@@ -78,16 +80,16 @@ class Times:
     def arrived(self, data: Any) -> None:
         """Notes when this step's data are there; called while it is traced."""
         with tf.control_dependencies(tf.nest.flatten(data)):
-            now = tf.timestamp() - self._origin
+            now = _now() - self._origin
         self._sums.assign_add([now, 0.0])
 
     def reducing(self, own: Sequence[Any], reduce: Callable[[], T]) -> T:
         """Calls `reduce`, whose time from `own` to its result is noted; while a step is traced."""
         with tf.control_dependencies(_tensors(own)):
-            ready = tf.timestamp()
+            ready = _now()
         reduced = reduce()
         with tf.control_dependencies(_tensors(reduced)):
-            self._sums.assign_add([0.0, tf.timestamp() - ready])
+            self._sums.assign_add([0.0, _now() - ready])
         return reduced
 
     def take(self) -> Spent:
@@ -108,3 +110,10 @@ class Times:
 
 def _tensors(values: Any) -> list[Any]:
     return [v.values if isinstance(v, tf.IndexedSlices) else v for v in tf.nest.flatten(values)]
+
+
+def _now() -> tf.Tensor:
+    """The clock, as an operation; TensorFlow refuses its own where all have to be deterministic."""
+    if _config.is_op_determinism_enabled():
+        return tf.numpy_function(time.time, [], tf.float64)
+    return tf.timestamp()

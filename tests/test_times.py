@@ -6,6 +6,7 @@ import time
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import config as tf_config
 
 from orchestrator.times import Spent, Times
 from orchestrator.waits import FIRST_STEP, STEP, Waits
@@ -49,6 +50,16 @@ def test_a_wait_within_a_wait_counts_once(waits, moment):
     assert times.take().waiting == 3.0
 
 
+@pytest.fixture(params=[False, True], ids=["", "deterministic"])
+def deterministic(request):
+    """As with run.deterministic, where TensorFlow refuses its own clock."""
+    if request.param:
+        tf.config.experimental.enable_op_determinism()
+    yield
+    tf_config.disable_op_determinism()
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_the_graph_reads_the_clock(waits):
     """As in a step: data that come late, and a reduction that takes its time."""
     times = Times(waits)
