@@ -196,7 +196,8 @@ def slow_ranks(own: Sequence[float], total: float, factor: float) -> dict[int, f
         own: Seconds of each rank's own work, over the same steps.
         total: Seconds those steps took.
         factor: Slow is more than so many times the median of the other ranks; above 1. What
-            costs less than a tenth of the steps' time is not.
+            costs less than a tenth of the steps' time is not, nor is less than half of what the
+            slowest takes: nobody waits for that rank.
 
     Returns:
         By rank, how many times that median it took.
@@ -204,9 +205,7 @@ def slow_ranks(own: Sequence[float], total: float, factor: float) -> dict[int, f
     slow = {}
     for rank, mine in enumerate(own):
         others = statistics.median([*own[:rank], *own[rank + 1 :]]) if len(own) > 1 else mine
-        if mine > factor * others and mine - others > _TENTH * total:
+        costs = mine - others > total / 10 and mine > max(own) / 2
+        if mine > factor * others and costs:
             slow[rank] = mine / others if others > 0 else math.inf
     return slow
-
-
-_TENTH = 0.1

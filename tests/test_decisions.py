@@ -316,6 +316,7 @@ def test_batches_due_is_keras(epochs, every):
         pytest.param([3, 3, 1, 1, 1], 4, {0: 3.0, 1: 3.0}, id="two of five"),
         pytest.param([3, 3, 3, 1], 4, {}, id="most: one is fast"),
         pytest.param([2, 1, 1], 4, {}, id="twice is not more than twice"),
+        pytest.param([9, 3, 1, 1], 9, {0: 9.0}, id="nobody waits for the second slowest"),
         pytest.param([0.3, 0.1, 0.1], 4, {}, id="it costs next to nothing"),
         pytest.param([2, 0, 0], 4, {0: math.inf}, id="the others do nothing"),
         pytest.param([5], 4, {}, id="alone"),
