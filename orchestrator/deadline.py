@@ -99,13 +99,15 @@ class Deadline:
         _print(f"{said}\n{_stack()}")
         with contextlib.suppress(Exception):
             self.faults.note(said)
-        first = self.faults.claim("deadline", said)
+        # On every host one sums up: the first of all may be on one that is cut off.
+        sums_up = self.faults.claim(f"deadline-{self.faults.host}", said)
+        first = sums_up and self.faults.claim("deadline", said)
         self.faults.claim("first", said)  # what their main threads, woken as the first ends, name
         hear = 2 * (_LOCAL_SECONDS if self.faults.is_local else _REMOTE_SECONDS) + 1.5
         self._stop.wait(hear)
-        if first:
-            self._sum_up(self.faults, said)
-        else:
+        if sums_up:
+            self._sum_up(self.faults, said, record=first)
+        if not first:
             self._stop.wait(2.0)  # the first ends last
         self._stop.wait(0.5)
         os._exit(EXIT_CODE)
@@ -121,7 +123,7 @@ class Deadline:
         waited, most = f"{now - wait.since:.1f} s", f"{wait.limit:g} s"
         return f"{step}, waiting in {wait.call} for {waited} (at most {most})"
 
-    def _sum_up(self, faults: Faults, said: str) -> None:
+    def _sum_up(self, faults: Faults, said: str, *, record: bool) -> None:
         noted = {faults.rank: said}
         with contextlib.suppress(Exception):
             noted |= faults.noted()
@@ -138,6 +140,8 @@ class Deadline:
         )
         tail = f"Python stacks: {faults.url}/rank-N.txt. Raise run.timeout if they were only slow."
         _print("\n".join([head, *(f"  {line}" for line in lines), tail]))
+        if not record:
+            return
         with contextlib.suppress(Exception):
             faults.deadline(EXIT_CODE, f"{head} {'; '.join(lines)}", self.waits.step)
 

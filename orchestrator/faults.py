@@ -38,6 +38,7 @@ class Faults:
     Attributes:
         url: Where a rank's notes go: a temporary folder of the host, until `record_in`.
         events: Where rank 0 records what the run decides; `None` without a run directory.
+        host: This one's name.
     """
 
     def __init__(self, communicator: Communicator, launch: str) -> None:
@@ -47,7 +48,7 @@ class Faults:
         self._run_dir: str | None = None
         self.events: Events | None = None
         self._ours: set[str] = set()
-        self._host = socket.gethostname()
+        self.host = socket.gethostname()
 
     def record_in(self, run_dir: str) -> None:
         """Leaves notes and the outcome in a run directory from now on; called by all ranks."""
@@ -71,7 +72,7 @@ class Faults:
 
     def says(self, sentence: str) -> str:
         """A sentence of this rank's, with its name in front."""
-        return f"rank {self.rank} ({self._host}, process {os.getpid()}): {sentence}"
+        return f"rank {self.rank} ({self.host}, process {os.getpid()}): {sentence}"
 
     def note(self, sentence: str) -> None:
         """Writes rank-N.txt: one line, then every thread's Python stack."""

@@ -127,6 +127,8 @@ class Job:
                 writer.close()
                 return
             code, problem = 1, "was lost with its host, or with what ran it there"
+        except asyncio.CancelledError:
+            return  # all is over, with a rank unheard: Python 3.11 would print this as an error
         if self._killing and code == 128 + signal.SIGKILL:
             problem = f"was killed, {self._killing}"
         self._left(Ended(rank, code, problem or in_words(code)))

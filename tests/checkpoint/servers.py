@@ -90,31 +90,37 @@ def _answers(url: str) -> Callable[[], bool]:
     return ready
 
 
-def _bucket_made(port: int) -> Callable[[], bool]:
-    """Whether an S3 server takes a bucket, which SeaweedFS does some time after it answers."""
+def client(port: int) -> Any:
+    """An S3 client of boto3's, whose sockets are the calling thread's; to be closed."""
     import boto3
     from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
+        config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=5),
+    )
+
+
+def _bucket_made(port: int) -> Callable[[], bool]:
+    """Whether an S3 server takes a bucket, which SeaweedFS does some time after it answers."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     def ready() -> bool:
-        client = boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{port}",
-            aws_access_key_id=KEY,
-            aws_secret_access_key=SECRET,
-            region_name="us-east-1",
-            config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=5),
-        )
+        s3 = client(port)
         try:
-            client.create_bucket(Bucket=BUCKET)
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"x")
-            client.delete_object(Bucket=BUCKET, Key="ready")
+            s3.create_bucket(Bucket=BUCKET)
+            s3.put_object(Bucket=BUCKET, Key="ready", Body=b"x")
+            s3.delete_object(Bucket=BUCKET, Key="ready")
         except ClientError as error:
             return error.response["Error"]["Code"] == "BucketAlreadyOwnedByYou"
         except BotoCoreError:
             return False
         finally:
-            client.close()
+            s3.close()
         return True
 
     return ready
@@ -141,8 +147,8 @@ def _s3(proxy: Proxy, port: int) -> Server:
 
 
 @contextlib.contextmanager
-def seaweedfs(folder: Path) -> Iterator[Server]:
-    """SeaweedFS, an S3 server in production use."""
+def seaweedfs(folder: Path, bind: str = "127.0.0.1") -> Iterator[Server]:
+    """SeaweedFS, an S3 server in production use; it listens on loopback, or on `bind`."""
     master, volume, filer, s3 = free_ports(4)
     folder.mkdir(parents=True)
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
@@ -155,7 +161,7 @@ def seaweedfs(folder: Path) -> Iterator[Server]:
     admin = {"name": "tests", "credentials": credentials, "actions": actions}
     (folder / "s3.json").write_text(json.dumps({"identities": [admin, reader]}))
     command = [
-        str(_BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        str(_BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", f"-ip.bind={bind}",
         "-master.volumeSizeLimitMB=64", "-volume.max=200", "-volume.preStopSeconds=0",
         "-master.telemetry=false", "-filer", "-s3", f"-s3.port={s3}",
         f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false",
