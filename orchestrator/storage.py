@@ -61,7 +61,11 @@ def resolve(
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         given = {**_GCS, **given}
     try:
-        fs, path = fsspec.core.url_to_fs(os.path.expanduser(url), **given)
+        if "://" in url:
+            fs, path = fsspec.core.url_to_fs(url, **given)
+        else:  # its name may hold "::", which chains filesystems in a URL
+            fs = LocalFileSystem(**given)
+            path = fs._strip_protocol(os.path.expanduser(url))
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         package = f"keras-orchestrator[{extra}]" if extra else "the package that fsspec names"

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator import storage
 from orchestrator.callbacks.store_checkpoint import StoreCheckpoint
 from orchestrator.checkpoint.retention import EveryEpochs, EverySteps, Last, Save
 
@@ -57,3 +59,6 @@ class BackupAndRestore(StoreCheckpoint, keras.callbacks.BackupAndRestore):
         for checkpoint in self.store.list():
             self.store.remove(checkpoint)
         self.store.prune(older_than=0)
+        fs, path = storage.resolve(self.store.url)
+        if isinstance(fs, LocalFileSystem) and not os.listdir(path):
+            os.rmdir(path)

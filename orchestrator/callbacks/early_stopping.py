@@ -63,23 +63,24 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
         """Decides; on rank 0 copies the weights of a best epoch to host memory."""
         self._check_monitor(logs or {})
         improvement = self._improvement()
-        current = self.get_monitor_value(logs)
-        if current is None:
+        monitored = self.get_monitor_value(logs)
+        if monitored is None:
             return
+        current = self._number(monitored)
         rule = decisions.StopRule(improvement, self.patience, self.baseline, self.start_from_epoch)
-        decision = decisions.early_stopping(rule, self._state, epoch, float(current))
+        decision = decisions.early_stopping(rule, self._state, epoch, current)
         self._adopt(decision.state)
         if decision.keep and self.restore_best_weights and self._runtime.is_root:
             self.best_weights = self.model.get_weights()
         if decision.improved:
-            self._emit("best", epoch, monitor=self.monitor, value=float(current))
+            self._emit("best", epoch, monitor=self.monitor, value=current)
         if decision.stop:
             self.model.stop_training = True
             self._emit(
                 "stop",
                 epoch,
                 monitor=self.monitor,
-                value=float(current),
+                value=current,
                 best=self.best,
                 best_epoch=self.best_epoch,
                 patience=self.patience,

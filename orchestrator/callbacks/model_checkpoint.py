@@ -166,12 +166,12 @@ class ModelCheckpoint(Monitor, keras.callbacks.ModelCheckpoint):
         return self.filepath.partition("{")[0].rpartition("/")[0] or os.curdir
 
     def _get_file_path(self, epoch: int, batch: int | None, logs: Mapping[str, Any]) -> str:
-        values = {"epoch": epoch + 1, **logs}
+        values = {**logs, "epoch": epoch + 1}
         if batch is not None:
             values.setdefault("batch", batch + 1)
         try:
             return self.filepath.format(**values)
-        except (KeyError, IndexError, ValueError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise SettingError(
                 f"ModelCheckpoint's filepath={self.filepath!r} cannot be filled: {error!s}. "
                 f"Names it may use here: {available(values)}."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import keras
+import numpy as np
 
 from orchestrator.callbacks.rank_aware import RankAware
 from orchestrator.config import SettingError
@@ -52,6 +53,17 @@ class Monitor(RankAware):
             f"{type(self).__name__}(monitor={self.monitor!r}): there is no such metric. Available: "
             f"{available(logs)}. Monitor one of these, or compile the model with it."
         )
+
+    def _number(self, value: Any) -> float:
+        """The monitored value; as in Keras, an array of one element is that element."""
+        array = np.asarray(value)
+        if array.size != 1:
+            raise SettingError(
+                f"{type(self).__name__}(monitor={self.monitor!r}): its value is {array.size} "
+                "numbers, and which of two is better is not known. Monitor a metric of one "
+                "number; many take an average, such as keras.metrics.F1Score(average='macro')."
+            )
+        return float(array.item())
 
     def _improvement(self) -> Improvement:
         """The direction of `monitor`; Keras infers it once the metrics are built."""

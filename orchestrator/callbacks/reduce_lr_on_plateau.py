@@ -51,14 +51,15 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
         logs.update(rates_of.learning_rates(self.model))
         self._check_monitor(logs)
         improvement = self._improvement()
-        current = logs.get(self.monitor)
-        if current is None:
+        monitored = logs.get(self.monitor)
+        if monitored is None:
             warnings.warn(
                 f"Learning rate reduction is conditioned on metric `{self.monitor}` which is not "
                 f"available. Available metrics are: {available(logs)}.",
                 stacklevel=2,
             )
             return
+        current = self._number(monitored)
         rule = decisions.PlateauRule(
             improvement, self.factor, self.patience, self.cooldown, self.min_lr
         )
@@ -66,10 +67,10 @@ class ReduceLROnPlateau(Monitor, keras.callbacks.ReduceLROnPlateau):
             name: rule.reduced(learning_rate(opt)) for name, opt in rates_of.optimizers(self.model)
         }
         reducible = any(rate is not None for rate in rates.values())
-        decision = decisions.plateau(rule, self._state, float(current), reducible)
+        decision = decisions.plateau(rule, self._state, current, reducible)
         self._adopt(decision.state)
         if decision.reduce:
-            self._cut(epoch, float(current), rates)
+            self._cut(epoch, current, rates)
 
     def get_state(self) -> dict[str, Any]:
         """What it remembers; the learning rate is the optimizer's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import keras
@@ -96,7 +97,54 @@ def test_a_second_fit_goes_on(tmp_path, freq, after):
     saver = callbacks.BackupAndRestore(backup, freq)
     history = fit(model, *extra, saver, epochs=5, shuffle=False)
     assert outcome(model, history, parts, extra[0]) == expected
-    assert os.listdir(backup) == []
+    assert not os.path.exists(backup)
+
+
+@pytest.mark.parametrize("freq", ["epoch", 1])
+def test_the_same_callback_and_model_again(tmp_path, freq):
+    """As in a notebook. What each batch counts, in a weight that is not trained, is not lost."""
+    model = keras.Sequential([keras.Input((3,)), Seen(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    saver = callbacks.BackupAndRestore(str(tmp_path / "backup"), freq)
+    with pytest.raises(InterruptedError):
+        fit(model, saver, Interrupt(5), epochs=6)
+    history = fit(model, saver, epochs=4)
+    assert history.epoch == [0, 1, 2, 3]
+    assert float(model.layers[0].batches.numpy()) == int(model.optimizer.iterations.numpy()) == 12
+    assert not (tmp_path / "backup").exists()
+
+
+class Seen(keras.layers.Layer):
+    """Counts training batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = self.add_weight((), "zeros", trainable=False)
+
+    def call(self, x, training=False):
+        if training:
+            self.batches.assign_add(1)
+        return x
+
+
+def test_what_is_not_its_own_stays(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    fit(make(), callbacks.BackupAndRestore(str(tmp_path)))
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("raise_error", "left"), [(True, [2]), (False, [])])
+def test_a_nan_that_is_raised_leaves_the_backup(tmp_path, raise_error, left):
+    y = Y.copy()
+    y[9] = np.nan  # in the third batch
+    saver = callbacks.BackupAndRestore(str(tmp_path), 1)
+    own = [saver, callbacks.TerminateOnNaN(raise_error)]
+    raised = pytest.raises(RuntimeError) if raise_error else contextlib.nullcontext()
+    with raised:
+        make().fit(X, y, batch_size=4, shuffle=False, verbose=0, callbacks=own)
+    if raise_error:
+        end(saver)
+    assert [one.step for one in CheckpointStore(str(tmp_path)).list()] == left
 
 
 @pytest.mark.parametrize(("double", "kept"), [(False, [12]), (True, [9, 12])])

@@ -41,6 +41,7 @@ def test_the_shared_columns_are_those_of_keras(tmp_path):
     fit(make(), CSVLogger(str(tmp_path / "b.csv")), epochs=2)
     theirs, ours = read(tmp_path / "a.csv"), read(tmp_path / "b.csv")
     assert [{k: row[k] for k in theirs[0]} for row in ours] == theirs
+    assert b"\r" not in (tmp_path / "b.csv").read_bytes()
 
 
 def test_separator_and_folders(tmp_path):

@@ -175,6 +175,11 @@ def test_a_run_that_is_continued(tmp_path, after):
             SettingError,
             r"root_rank=1\) is not allowed",
         ),
+        (
+            lambda: callbacks.BroadcastGlobalVariables(0, "", cast(Any, object())),
+            SettingError,
+            r"local_variables=\.\.\.\), 1 of them, is not allowed",
+        ),
     ],
 )
 def test_bad_arguments(own, error, message):

@@ -10,6 +10,7 @@ from orchestrator import callbacks
 from tests.callbacks import ranks
 from tests.callbacks.models import X, Y, fit, make
 from tests.callbacks.test_backup_and_restore import Interrupt, end
+from tests.callbacks.test_learning_rate_scheduler import two_optimizers
 from tests.distributed.problems import StopAfter
 
 
@@ -45,8 +46,14 @@ class Keep(keras.callbacks.Callback):
         self.kept["averages"].append(averages(self.model))
 
 
+def several():
+    """Averages of some of the weights."""
+    biases = keras.optimizers.Adam(0.01, name="biases")
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(ema(), {".*bias": biases}))
+
+
 def test_the_averages_are_validated():
-    for optimizer in (ema(), keras.optimizers.LossScaleOptimizer(ema())):
+    for optimizer in (ema(), keras.optimizers.LossScaleOptimizer(ema()), several()):
         model = make(optimizer=optimizer, run_eagerly=False)
         history = fit(model, callbacks.SwapEMAWeights(), epochs=2)
         results = model.evaluate(X[:5], Y[:5], verbose=0, return_dict=True)
@@ -55,13 +62,14 @@ def test_the_averages_are_validated():
 
 
 def test_training_goes_on_with_the_same_bits():
-    results = []
-    for own in ([], [callbacks.SwapEMAWeights()], [callbacks.SwapEMAWeights(swap_on_epoch=True)]):
-        model = make(optimizer=ema())
-        fit(model, *own, epochs=3)
-        results.append(model.get_weights())
-    same(results[0], results[1])
-    same(results[0], results[2])
+    for optimizer in (ema, several):
+        results = []
+        for own in ([], [callbacks.SwapEMAWeights()], [callbacks.SwapEMAWeights(True)]):
+            model = make(optimizer=optimizer())
+            fit(model, *own, epochs=3)
+            results.append(model.get_weights())
+        same(results[0], results[1])
+        same(results[0], results[2])
 
 
 def test_on_epoch_others_see_the_averages():
@@ -100,6 +108,8 @@ def test_after_predict_the_weights_are_back():
 def test_without_averages():
     with pytest.raises(ValueError, match="must be used when `use_ema=True` is set"):
         fit(make(), callbacks.SwapEMAWeights())
+    with pytest.raises(ValueError, match="at least one inner optimizer has `use_ema=True`"):
+        fit(make(optimizer=two_optimizers()), callbacks.SwapEMAWeights())
 
 
 @pytest.mark.parametrize("after", [4, 6])

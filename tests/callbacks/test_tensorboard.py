@@ -15,13 +15,12 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator as accumulators
 
-from orchestrator import callbacks, evaluate
-from orchestrator.agreement import RankError
+from orchestrator import callbacks
 from orchestrator.checkpoint.retention import EverySteps
 from orchestrator.config import SettingError
-from tests.callbacks import ranks
 from tests.callbacks.models import X, Y, fit, make
 from tests.callbacks.test_backup_and_restore import Interrupt, end
+from tests.callbacks.test_learning_rate_scheduler import two_optimizers
 
 
 def read(folder) -> dict[str, list[tuple[int, float]]]:
@@ -78,6 +77,42 @@ def test_the_same_as_keras(tmp_path, update_freq):
             assert [step for step, _ in ours[part][tag]] == [step for step, _ in values], tag
             if isinstance(values[0][1], float):
                 assert ours[part][tag] == values, tag
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tags"),
+    [
+        (two_optimizers, {"epoch_learning_rate_all", "epoch_learning_rate_biases"}),
+        (
+            lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 6)),
+            {"epoch_learning_rate"},
+        ),
+    ],
+)
+def test_learning_rates(tmp_path, optimizer, tags):
+    found = []
+    for module in (keras.callbacks, callbacks):
+        folder = tmp_path / module.__name__
+        fit(make(optimizer=optimizer()), module.TensorBoard(str(folder)), epochs=2)
+        train = read(folder / "train")
+        found.append({tag: values for tag, values in train.items() if "learning_rate" in tag})
+    assert found[0] == found[1]
+    assert set(found[1]) == tags
+
+
+def test_it_waits_for_no_value(tmp_path):
+    """A metric's tensor that is asked for its number holds up the steps behind it."""
+    value: Any = tf.constant(0.5)
+    value.numpy = lambda: pytest.fail("asked for its number")
+    board, logs = callbacks.TensorBoard(str(tmp_path)), {"told": value}
+    board.set_model(make())
+    board.on_train_begin()
+    board.on_epoch_begin(0)
+    board.on_train_batch_begin(0)
+    board.on_train_batch_end(0, logs)
+    board.on_epoch_end(0, logs)
+    board.on_train_end()
+    assert read(tmp_path / "train")["epoch_told"] == [(0, 0.5)]
 
 
 def test_every_second_batch(tmp_path):
@@ -213,71 +248,6 @@ def test_of_a_file_begun_after_the_checkpoint_nothing_is_left(tmp_path):
     other.unlink()
     steps = [step for step, _ in read(tmp_path / "logs" / "train")["batch_loss"]]
     assert steps == list(range(1, 13))
-
-
-def test_two_ranks_write_global_metrics_once(tmp_path):
-    def rank(runtime):
-        batches = []
-        look = callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: batches.append(logs["loss"])
-        )
-        board = callbacks.TensorBoard(str(tmp_path / "logs"), update_freq=2)
-        return ranks.fit(runtime, [board, look]).history, batches
-
-    (history, first), (_, second) = ranks.run(rank)
-    assert len(files(tmp_path / "logs")) == 2
-    train, val = read(tmp_path / "logs" / "train"), read(tmp_path / "logs" / "validation")
-    assert train["epoch_loss"] == column(history["loss"])
-    assert val["epoch_mae"] == column(history["val_mae"])
-    evaluation = [value for _, value in val["evaluation_mae_vs_iterations"]]
-    assert evaluation == pytest.approx(history["val_mae"])
-    due = [(a + b) / 2 for a, b in zip(first, second, strict=True)][1::2]
-    assert [step for step, _ in train["batch_loss"]] == [2, 4, 6, 8]
-    assert [value for _, value in train["batch_loss"]] == pytest.approx(due)
-
-
-def test_two_ranks_evaluate(tmp_path):
-    def rank(runtime):
-        model = ranks.model(runtime)
-        x, y = ranks.data(8, 1)
-        part = runtime.shard((x, y + np.arange(8, dtype="float32")[:, None]), batch_size=4)
-        model.evaluate(part, verbose=0, callbacks=[callbacks.TensorBoard(str(tmp_path))])
-        return evaluate(model, part)
-
-    first, second = ranks.run(rank)
-    assert first == second
-    ((step, value),) = read(tmp_path / "validation")["evaluation_loss_vs_iterations"]
-    assert (step, value) == (0, pytest.approx(first["loss"]))
-
-
-def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path):
-    (tmp_path / "file").touch()
-
-    def rank(runtime):
-        with pytest.raises(SettingError, match="A file is in the way of a folder"):
-            ranks.fit(runtime, [callbacks.TensorBoard(str(tmp_path / "file"))])
-
-    ranks.run(rank)
-
-
-@pytest.mark.parametrize(
-    ("hook", "batches"), [("_push_writer", 0), ("_pop_writer", 4), ("_log_epoch_metrics", 4)]
-)
-def test_what_fails_ends_both_ranks(tmp_path, hook, batches):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    def rank(runtime):
-        seen = []
-        look = callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(batch))
-        board = callbacks.TensorBoard(str(tmp_path / "logs"), update_freq=1)
-        if runtime.is_root:
-            setattr(board, hook, full)
-        with pytest.raises(RankError if runtime.rank else OSError, match="No space left"):
-            ranks.fit(runtime, [board, look], epochs=3)
-        return seen
-
-    assert ranks.run(rank) == [list(range(batches))] * 2
 
 
 def test_without_the_package(tmp_path, monkeypatch):
