@@ -28,7 +28,9 @@ def tell(report: Report, *, as_json: bool) -> None:
     """Prints it on rank 0, to stdout; called by all ranks, does not communicate."""
     if report.rank == 0:
         if as_json:
-            print(one_line(report), flush=True)
+            # In one piece, its end included, so that no other rank's line comes between.
+            sys.stdout.write(f"{one_line(report)}\n")
+            sys.stdout.flush()
         else:
             show(report, Console())
     elif report.seen.apart:
