@@ -15,7 +15,7 @@ import tensorflow as tf
 from orchestrator import callbacks
 from tests.callbacks import deciding
 from tests.distributed import problems
-from tests.distributed.rank_plugin import once, several, three
+from tests.distributed.rank_plugin import once, three
 
 
 def local_values(rank: int, size: int) -> list[float]:
@@ -80,7 +80,7 @@ def test_decisions(runtime, communicator, shared_path, tmp_path):
         assert any(one != expected[number] for one in others), deciding.IDS[number]
 
 
-@several
+@three
 def test_a_stop_ends_all_after_the_same_epoch(runtime, communicator):
     stop = callbacks.EarlyStopping(deciding.MONITOR, patience=3, mode="min")
     _, history = fit_told(runtime, [stop], len(deciding.VALUES))
@@ -110,7 +110,7 @@ def posted():
         thread.join()
 
 
-@several
+@three
 def test_what_is_written_sent_and_scheduled(runtime, communicator, shared_path, posted):
     url, posts = posted
     generator = np.random.default_rng(runtime.rank)
@@ -136,7 +136,7 @@ def test_what_is_written_sent_and_scheduled(runtime, communicator, shared_path, 
     assert [float(line.split(",")[column]) for line in lines] == deciding.VALUES[:4]
 
 
-@several
+@three
 def test_averages_are_swapped_on_all(runtime, communicator):
     model = problems.line()
     optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)

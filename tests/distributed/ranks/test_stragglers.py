@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from orchestrator import callbacks
 from tests.distributed import problems
-from tests.distributed.rank_plugin import several
+from tests.distributed.rank_plugin import three
 from tests.fakes import Recorder
 
 PAUSE = 0.05
@@ -74,7 +74,7 @@ def recorder(runtime, monkeypatch):
     return made
 
 
-@several
+@three
 @pytest.mark.parametrize("part_of_time", ["between", "data", "compute"])
 def test_a_slow_rank_is_named(runtime, communicator, recorder, part_of_time, capfd):
     last = runtime.size - 1
@@ -94,7 +94,7 @@ def test_a_slow_rank_is_named(runtime, communicator, recorder, part_of_time, cap
     assert communicator.allgather_object(events) == [events] * runtime.size
 
 
-@several
+@three
 def test_a_rank_that_catches_up_is_named_no_more(runtime, recorder, capfd):
     fit(runtime, "between", slow=[0], steps=12)
     said = capfd.readouterr().out
@@ -103,7 +103,7 @@ def test_a_rank_that_catches_up_is_named_no_more(runtime, recorder, capfd):
     assert said.count("Rank 0 is no longer slower than the others.") == int(runtime.is_root)
 
 
-@several
+@three
 def test_ranks_that_are_alike_are_not_named(runtime, recorder):
     """All as slow: far above what a busy machine adds to one of them."""
     fit(runtime, "between", slow=range(runtime.size))

@@ -15,7 +15,7 @@ from orchestrator.runtime import Runtime
 from tests.callbacks.test_backup_and_restore import Interrupt
 from tests.callbacks.test_tensorboard import read
 from tests.distributed import problems
-from tests.distributed.rank_plugin import several
+from tests.distributed.rank_plugin import three
 
 EPOCHS, STEPS = 3, 4
 
@@ -70,7 +70,7 @@ def values(found, part, tag):
     return [value for _, value in found[part][tag]]
 
 
-@several
+@three
 def test_one_writer_of_global_metrics(runtime, communicator, shared_path):
     losses = Losses()
     history = fit(communicator, shared_path, losses).history
@@ -94,7 +94,7 @@ def test_one_writer_of_global_metrics(runtime, communicator, shared_path):
     assert {int(name.split(".")[-4]) for name in files} == {pids[0]}
 
 
-@several
+@three
 def test_continued_without_gaps_or_doubles(runtime, communicator, shared_path):
     """Killed between two saves: what was written since the first of them comes once."""
     fit(communicator, shared_path / "whole")
