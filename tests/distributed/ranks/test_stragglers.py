@@ -34,20 +34,21 @@ class Slow(keras.layers.Layer):
 
 
 class Pausing(keras.callbacks.Callback):
-    """Takes its time after each of the first `steps`."""
+    """Takes its time after each step: `PAUSE` after the first `steps`, `then` after the rest."""
 
-    def __init__(self, steps: int = STEPS) -> None:
+    def __init__(self, steps: int, then: float) -> None:
         super().__init__()
-        self.left = steps
+        self.steps, self.then = steps, then
 
     def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if self.left >= 0:
-            time.sleep(PAUSE)
+        time.sleep(PAUSE if batch < self.steps else self.then)
 
 
-def fit(runtime, part_of_time, *, slow, steps=STEPS):
-    """Trains with `slow` ranks that spend their time there, and says what was recorded."""
+def fit(runtime, part_of_time, *, slow, steps=STEPS, others=0.0):
+    """Trains with `slow` ranks that spend their time there, and says what was recorded.
+
+    Between steps `slow` ones pause for the first `steps`; then, and all other ranks, for `others`.
+    """
     mine = runtime.rank in slow
     inputs = keras.Input((1,))
     hidden = Slow()(inputs) if mine and part_of_time == "compute" else inputs
@@ -61,8 +62,8 @@ def fit(runtime, part_of_time, *, slow, steps=STEPS):
             lambda x, y: (tf.ensure_shape(tf.numpy_function(pause, [x], x.dtype), [None, 1]), y)
         )
     own = [callbacks.Stragglers(seconds=0.1)]
-    if mine and part_of_time == "between":
-        own.append(Pausing(steps))
+    if part_of_time == "between":
+        own.append(Pausing(steps if mine else 0, others))
     model.fit(part, epochs=1, verbose=0, callbacks=own)
     return runtime.events.events
 
@@ -96,7 +97,7 @@ def test_a_slow_rank_is_named(runtime, communicator, recorder, part_of_time, cap
 
 @three
 def test_a_rank_that_catches_up_is_named_no_more(runtime, recorder, capfd):
-    fit(runtime, "between", slow=[0], steps=12)
+    fit(runtime, "between", slow=[0], steps=12, others=PAUSE / 4)
     said = capfd.readouterr().out
     assert recorder.kinds().count("slow") == 1
     assert said.count("Rank 0 is slow") == int(runtime.is_root)
