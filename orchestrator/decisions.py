@@ -193,19 +193,22 @@ def slow_ranks(own: Sequence[float], total: float, factor: float) -> dict[int, f
     """The ranks that hold the others up.
 
     Args:
-        own: Seconds of each rank's own work, over the same steps.
-        total: Seconds those steps took.
+        own: Seconds a step of each rank's own work.
+        total: Seconds a step takes.
         factor: Slow is more than so many times the median of the other ranks; above 1. What
-            costs less than a tenth of the steps' time is not, nor is less than half of what the
+            costs less than a tenth of the step or 2 ms is not, nor is less than half of what the
             slowest takes: nobody waits for that rank.
 
     Returns:
         By rank, how many times that median it took.
     """
     slow = {}
+    least = max(total / 10, _NOISE)
     for rank, mine in enumerate(own):
         others = statistics.median([*own[:rank], *own[rank + 1 :]]) if len(own) > 1 else mine
-        costs = mine - others > total / 10 and mine > max(own) / 2
-        if mine > factor * others and costs:
+        if mine > factor * others and mine - others > least and mine > max(own) / 2:
             slow[rank] = mine / others if others > 0 else math.inf
     return slow
+
+
+_NOISE = 0.002  # seconds: ranks that share cores wake up at different times

@@ -317,6 +317,7 @@ def test_batches_due_is_keras(epochs, every):
         pytest.param([3, 3, 3, 1], 4, {}, id="most: one is fast"),
         pytest.param([2, 1, 1], 4, {}, id="twice is not more than twice"),
         pytest.param([9, 3, 1, 1], 9, {0: 9.0}, id="nobody waits for the second slowest"),
+        pytest.param([0.003, 0.0011], 0.004, {}, id="below what can be measured"),
         pytest.param([0.3, 0.1, 0.1], 4, {}, id="it costs next to nothing"),
         pytest.param([2, 0, 0], 4, {0: math.inf}, id="the others do nothing"),
         pytest.param([5], 4, {}, id="alone"),

@@ -76,11 +76,11 @@ class Stragglers(RankAware):
         longest = max(one.total for one in ranks)
         a_step = longest / max(mine.steps, 1)
         self._next = self._steps + max(self.FIRST, math.ceil(self.seconds / max(a_step, 1e-6)))
-        self._tell(ranks, slow_ranks([one.own for one in ranks], longest, self.factor))
-
-    def _tell(self, ranks: list[Spent], slow: dict[int, float]) -> None:
-        """Says who has become slow, and who no longer is."""
         numbers = _a_step(ranks)
+        self._tell(numbers, slow_ranks(numbers["own"], a_step, self.factor))
+
+    def _tell(self, numbers: dict[str, Any], slow: dict[int, float]) -> None:
+        """Says who has become slow, and who no longer is."""
         for rank in slow.keys() - self._slow.keys():
             times = {name: numbers[name][rank] for name in ("own", "data", "compute", "between")}
             self._emit("slow", self._epoch, rank, times_others=slow[rank], **times)

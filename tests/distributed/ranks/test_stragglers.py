@@ -82,13 +82,13 @@ def test_a_slow_rank_is_named(runtime, communicator, recorder, part_of_time, cap
     events = fit(runtime, part_of_time, slow=[last])
     (slow,) = [e for e in events if e["kind"] == "slow"]
     assert (slow["rank"], slow["epoch"]) == (last, 0)
-    assert slow["own"] > 0.7 * PAUSE  # of the data some are there before they are asked for
-    assert slow[part_of_time] > 0.7 * PAUSE
+    assert slow["own"] > 0.5 * PAUSE  # of the data some are there before they are asked for
+    assert slow[part_of_time] > 0.5 * PAUSE
     others = {"between", "data", "compute"} - {part_of_time}
     assert all(slow[name] < 0.5 * slow[part_of_time] for name in others)
     (times,) = [e for e in events if e["kind"] == "times"]
     assert times["own"].index(max(times["own"])) == last
-    assert all(wait > 0.5 * PAUSE for wait in times["reduction"][:last]), "they wait in each step"
+    assert all(wait > 0.4 * PAUSE for wait in times["reduction"][:last]), "they wait in each step"
     assert times["reduction"][last] < 0.5 * PAUSE
     said = f"Rank {last} is slow: its own work takes"
     assert (said in capfd.readouterr().out) == runtime.is_root
