@@ -166,6 +166,11 @@ class Kubelet:
             yield self._mounted(root.parent, volumes[mount["name"]], at, pod)
             if mount.get("readOnly"):
                 yield f"mount -o remount,bind,ro {at}"
+        covered = tuple(f"{mount['mountPath']}/" for mount in container["volumeMounts"])
+        for source, at in self._image.mounts():
+            if at.startswith(covered):  # of a project below /tmp
+                yield f"mkdir -p {root}{at}"
+                yield _bound(source, f"{root}{at}", read_only=True)
         if container["securityContext"]["readOnlyRootFilesystem"]:
             yield f"mount -o remount,bind,ro {root}"
         yield f"cd {root} && pivot_root . . && umount -l . && cd {self._image.folder}"
