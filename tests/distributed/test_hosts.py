@@ -27,7 +27,8 @@ pytestmark = [
 
 TIMEOUT = 10
 WORDS = [
-    *("launch/train.py", "run.deterministic=true", "train.epochs=4"),
+    *("launch/train.py", "model.factory=tests.distributed.holding:model"),
+    *("run.deterministic=true", "train.epochs=4"),
     *("checkpoint.every_steps=10", "checkpoint.keep_last=2", f"run.timeout={TIMEOUT}"),
 ]
 TRAIN = [sys.executable, *WORDS]
@@ -128,10 +129,12 @@ def cut_off(net, folder: Path, command: list[str], stays: str = "sshd:") -> tupl
     Only sshd may stay on host2, which cannot know that the other side has gone, and nothing on
     host1 but what begins with `stays`.
     """
-    run = folder / "run"
-    with started(net, folder, command) as job:
-        namespaces.wait(lambda: len(committed(run)) > 1, "two checkpoints", 120, job)
+    run, hold = folder / "run", folder / "hold"
+    hold.mkdir()
+    with started(net, folder, command, HOLD=str(hold)) as job:
+        namespaces.wait(lambda: len(list(hold.iterdir())) == 4, "all ranks' step", 120, job)
         net.cut("host2")
+        (hold / "go").touch()
         cut = time.monotonic()
         namespaces.wait(lambda: not ranks(net, "host2"), "the end of host2's ranks", TIMEOUT + 30)
         there = time.monotonic() - cut
