@@ -1,6 +1,6 @@
 # make train        set up what is missing, then train the example on NP ranks (default 4)
 # make test         set up, then run every test, distributed ones included
-# make check        set up, then format, lint, types and fast tests, in under two minutes
+# make check        set up, then format, lint, types and fast tests (7 minutes on two cores)
 # make bench        set up, then measure
 # make setup        only set up: .venv, the pinned packages, Horovod, this project
 # make horovod-gpu  set up with NCCL and the CUDA libraries, for NVIDIA GPUs
