@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator import cluster
+from orchestrator import jobs
+from orchestrator.cluster import Cluster
 from orchestrator.config import SettingError, Settings, load
 from orchestrator.kubernetes.render import as_yaml
 from orchestrator.kubernetes.render import render as manifests
@@ -42,8 +43,8 @@ def _manifests(
     return settings, manifests(settings, target)
 
 
-def _cluster(settings: Settings, context: str | None) -> cluster.Cluster:
-    return cluster.Cluster(context, settings.kubernetes.namespace)
+def _cluster(settings: Settings, context: str | None) -> Cluster:
+    return Cluster(context, settings.kubernetes.namespace)
 
 
 @contextlib.contextmanager
@@ -113,7 +114,7 @@ def submit(
             where.apply(made)
             print(f"k8s: submitted to {where.namespace}: orchestrator k8s logs {settings}")
             return
-        code = cluster.submit(where, made, functools.partial(print, flush=True), resubmit=resubmit)
+        code = jobs.submit(where, made, functools.partial(print, flush=True), resubmit=resubmit)
     raise typer.Exit(code)
 
 
@@ -127,14 +128,14 @@ def status(
 ) -> None:
     """Show how the job and its pods stand; ends with 1 if it failed or is not there."""
     read, made = _manifests(settings, overrides, target, alpha)
-    job = cluster.job_of(made)
+    job = jobs.job_of(made)
     with _server_errors():
         where = _cluster(read, context)
-        stands = cluster.state(where.get(job))
+        stands = jobs.state(where.get(job))
         pods = where.pods(job["metadata"]["name"])
     print(f"{job['kind']} {job['metadata']['name']}: {stands.reason}")
     for pod in reversed(pods):
-        code = cluster.exit_code(pod)
+        code = jobs.exit_code(pod)
         phase = pod.get("status", {}).get("phase", "Unknown")
         why = pod.get("status", {}).get("reason", "" if code is None else f"exit code {code}")
         print(f"  {pod['metadata']['name']}: {phase} {why}".rstrip())
@@ -153,10 +154,10 @@ def logs(
 ) -> None:
     """Print rank 0's log, of its newest pod."""
     read, made = _manifests(settings, overrides, target, alpha)
-    name = cluster.job_of(made)["metadata"]["name"]
+    name = jobs.job_of(made)["metadata"]["name"]
     with _server_errors():
         where = _cluster(read, context)
-        pod = cluster.first_pod(where.pods(name))
+        pod = jobs.first_pod(where.pods(name))
         if pod is None:
             raise OSError(f"no pod of {name} with rank 0's log is in {where.namespace}")
         for line in where.log(pod, follow=follow):

@@ -1,42 +1,19 @@
-"""A run on a cluster: submitted, followed to its end, started again; thin over Kubernetes' API."""
+"""The API of a Kubernetes cluster, as far as a run needs it; thin over the official client."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from orchestrator.config import SettingError
 
 Tree = dict[str, Any]
 
-PREEMPTED = 75
 _PLURALS = {"NetworkPolicy": "networkpolicies"}
-_JOBS = ("Job", "MPIJob", "TrainJob")
-_DONE = {"Complete": True, "Succeeded": True, "Failed": False}
-# What a pod of rank 0's log is, in the three kinds of job.
-_FIRST = (
-    ("app.kubernetes.io/component", "launcher"),
-    ("batch.kubernetes.io/job-completion-index", "0"),
-)
-_LOST = ("Evicted", "Preempted", "Terminated", "NodeLost", "NodeShutdown")
-
-
-class State(NamedTuple):
-    """How a job stands.
-
-    Attributes:
-        finished: Whether it has ended.
-        succeeded: Whether it ended well.
-        reason: What its last condition says.
-    """
-
-    finished: bool
-    succeeded: bool
-    reason: str
+JOBS = ("Job", "MPIJob", "TrainJob")
 
 
 class Cluster:
@@ -115,7 +92,7 @@ class Cluster:
             SettingError: A job of this name is there already.
         """
         for one in manifests:
-            if one["kind"] not in _JOBS:
+            if one["kind"] not in JOBS:
                 self.json("PATCH", self.path(one), one, fieldManager="orchestrator", force="true")
                 continue
             try:
@@ -144,7 +121,7 @@ class Cluster:
                 if error.status != 404:
                     raise
         end = time.monotonic() + wait
-        for one in (one for one in manifests if one["kind"] in _JOBS):
+        for one in (one for one in manifests if one["kind"] in JOBS):
             while time.monotonic() < end and self.get(one) is not None:
                 time.sleep(min(0.5, wait))
         return gone
@@ -198,120 +175,3 @@ class Cluster:
                 yield line.decode(errors="replace")
         if rest:
             yield rest.decode(errors="replace")
-
-
-def job_of(manifests: list[Tree]) -> Tree:
-    """The job among a run's manifests."""
-    return next(one for one in manifests if one["kind"] in _JOBS)
-
-
-def state(job: Tree | None) -> State:
-    """How a job stands, by its conditions."""
-    if job is None:
-        return State(True, False, "it is not there")
-    found = job.get("status", {}).get("conditions") or []
-    for one in found:
-        if one.get("type") in _DONE and one.get("status") == "True":
-            text = f"{one['type']}: {one.get('reason', '')} {one.get('message', '')}".strip(": ")
-            return State(True, _DONE[one["type"]], re.sub(r"\s+", " ", text))
-    active = [one["type"] for one in found if one.get("status") == "True"]
-    return State(False, False, active[-1] if active else "Pending")
-
-
-def first_pod(pods: list[Tree]) -> Tree | None:
-    """The newest pod whose log is rank 0's; of one without ranks elsewhere, the newest."""
-    for pod in pods:
-        labels = pod["metadata"].get("labels", {})
-        if any(labels.get(key) == value for key, value in _FIRST):
-            return pod
-    return None
-
-
-def exit_code(pod: Tree | None) -> int | None:
-    """The exit code of a pod's container; none while it runs, or if it is lost."""
-    statuses = (pod or {}).get("status", {}).get("containerStatuses") or []
-    for one in statuses:
-        ended = one.get("state", {}).get("terminated")
-        if ended is not None:
-            return int(ended["exitCode"])
-    return None
-
-
-def was_taken(pods: list[Tree]) -> bool:
-    """Whether a pod was evicted or preempted, or its ranks were and have committed."""
-    for pod in pods:
-        status = pod.get("status", {})
-        taken = any(
-            one.get("type") == "DisruptionTarget" and one.get("status") == "True"
-            for one in status.get("conditions") or []
-        )
-        if taken or status.get("reason") in _LOST:
-            return True
-    return exit_code(first_pod(pods)) == PREEMPTED
-
-
-def _has_started(pod: Tree) -> bool:
-    return pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")
-
-
-def follow(
-    cluster: Cluster, job: Tree, say: Callable[[str], None], *, every: float = 10.0
-) -> tuple[int, bool]:
-    """Shows rank 0's log, over all its pods, until the job has ended.
-
-    Waits for changes of the job by a watch, and looks by itself every so many seconds.
-
-    Returns:
-        Its exit code, and whether it was preempted rather than failed.
-    """
-    name, followed, pods = job["metadata"]["name"], set(), []
-    while True:
-        found = cluster.get(job)
-        stands = state(found)
-        pods = cluster.pods(name) or pods
-        pod = first_pod(pods)
-        if pod is not None and pod["metadata"]["uid"] not in followed and _has_started(pod):
-            followed.add(pod["metadata"]["uid"])
-            for line in cluster.log(pod, follow=True):
-                say(line)
-            continue
-        if stands.finished:
-            if stands.succeeded:
-                return 0, False
-            return exit_code(pod) or 1, was_taken(pods)
-        cluster.wait(found or job, every)
-
-
-def submit(
-    cluster: Cluster,
-    manifests: list[Tree],
-    say: Callable[[str], None],
-    *,
-    resubmit: int = 0,
-    every: float = 10.0,
-) -> int:
-    """Starts a run and follows it to its end.
-
-    Args:
-        cluster: Where.
-        manifests: As `render` makes them.
-        say: Takes each line to be shown.
-        resubmit: How often a preempted or evicted job is made anew; each goes on from its newest
-            checkpoint.
-        every: Seconds between two looks at the job, if no change of it is told.
-
-    Returns:
-        The exit code of the last attempt.
-    """
-    job = job_of(manifests)
-    what = f"{job['kind']} {job['metadata']['name']}"
-    for attempt in range(resubmit + 1):
-        cluster.apply(manifests)
-        say(f"k8s: {what} submitted" + (f", attempt {attempt + 1}" if attempt else ""))
-        code, taken = follow(cluster, job, say, every=every)
-        how = "preempted" if taken else "succeeded" if code == 0 else "failed"
-        say(f"k8s: {what} {how}, exit code {code}")
-        if not taken or attempt == resubmit:
-            break
-        cluster.delete([job], wait=600.0)
-    return code

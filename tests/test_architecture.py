@@ -27,6 +27,7 @@ LAYERS = {
     "kubernetes.settings": 0,
     "kubernetes.*": 1,
     "cluster": 2,
+    "jobs": 2,
     "flags": 2,
     "times": 2,
     "gradients": 2,

@@ -141,40 +141,16 @@ class StoreCheckpoint(keras.callbacks.Callback):
 
     def _continue(self) -> Place | None:
         """Takes up the newest checkpoint, or the one that was opened; by all ranks."""
-        runtime, model = self._runtime, self.model
         opened = self._resume
         if isinstance(opened, bool):
-            opened = open_newest(runtime, self.store) if opened else None
-        if opened is None or opened.state is None:
-            runtime.events.rewind(0, 0)
-            return None
-        state = opened.state
-        self._committed = state["step"]
-        with contextlib.closing(opened):
-            self._training.check(state)
-            opened.load(model)
-        words = self._training.resume(state)
-        epoch, batch, step = place = Place(state["epoch"], state["batch"], state["step"])
-        ended = state["stopped"] and not batch
-        model._initial_epoch = max(epoch, self.params["epochs"]) if ended else epoch
-        self._goes_on = state if batch else None
-        where = f"epoch {epoch + 1}, batch {batch + 1}" if batch else f"epoch {epoch + 1}"
-        runtime.say(
-            f"Training ended before, after {epoch} epochs ({step} steps): {opened.checkpoint.url}"
-            if model._initial_epoch >= self.params["epochs"]
-            else f"Continuing at {where} (step {step}) from {opened.checkpoint.url}"
-        )
-        runtime.events.emit(
-            "resume",
-            epoch=epoch,
-            step=step,
-            rank=0,
-            batch=batch,
-            path=opened.checkpoint.url,
-            ranks_before=state["world_size"],
-            passed_over=opened.passed_over,
-            callbacks=words,
-        )
+            opened = open_newest(self._runtime, self.store) if opened else None
+        with contextlib.nullcontext() if opened is None else contextlib.closing(opened):
+            if opened is None or opened.state is None:
+                self._runtime.events.rewind(0, 0)
+                return None
+            place = self._training.go_on(opened, opened.state, self.params["epochs"])
+        self._committed = place.step
+        self._goes_on = opened.state if place.batch else None
         return place
 
     def _heard(self, what: str) -> None:
@@ -254,9 +230,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
         told = ((rank, why) for rank, why in enumerate(reasons) if why)
         rank, why = next(told, (0, "a notice"))
         step = self._last.step
-        which = (
-            "which is committed in" if committed == step else f"and step {committed} is the last in"
-        )
+        last = "nothing is" if committed is None else f"step {committed} is the last"
+        which = "which is committed in" if committed == step else f"and {last} in"
         self._runtime.events.emit("preempt", epoch=self._epoch, step=step, rank=rank, notice=why)
         if self._watch is not None:
             self._watch.committed()

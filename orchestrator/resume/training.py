@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
@@ -12,6 +12,9 @@ from orchestrator.config import SettingError
 from orchestrator.resume import files, members, own
 from orchestrator.resume.epochs import Epochs
 from orchestrator.runtime import Runtime
+
+if TYPE_CHECKING:
+    from orchestrator.restoring import Opened
 
 FORMAT = 1
 
@@ -86,7 +89,46 @@ class Training:
             }
         )
 
-    def resume(self, state: Mapping[str, Any]) -> list[str]:
+    def go_on(self, opened: Opened, state: Mapping[str, Any], epochs: int) -> Place:
+        """Takes up a checkpoint with its state, and says so; called by all ranks.
+
+        The weights are broadcast.
+
+        Args:
+            opened: The checkpoint, open.
+            state: Its training state.
+            epochs: Of this `fit`, at most.
+
+        Raises:
+            SettingError: It is of another model, or of a newer version.
+        """
+        runtime, model = self._runtime, self._model
+        self._check(state)
+        opened.load(model)
+        words = self._resume(state)
+        epoch, batch, step = place = Place(state["epoch"], state["batch"], state["step"])
+        ended = state["stopped"] and not batch
+        model._initial_epoch = max(epoch, epochs) if ended else epoch
+        where = f"epoch {epoch + 1}, batch {batch + 1}" if batch else f"epoch {epoch + 1}"
+        runtime.say(
+            f"Training ended before, after {epoch} epochs ({step} steps): {opened.checkpoint.url}"
+            if model._initial_epoch >= epochs
+            else f"Continuing at {where} (step {step}) from {opened.checkpoint.url}"
+        )
+        runtime.events.emit(
+            "resume",
+            epoch=epoch,
+            step=step,
+            rank=0,
+            batch=batch,
+            path=opened.checkpoint.url,
+            ranks_before=state["world_size"],
+            passed_over=opened.passed_over,
+            callbacks=words,
+        )
+        return place
+
+    def _resume(self, state: Mapping[str, Any]) -> list[str]:
         """Takes up a state, once the weights and the optimizer are loaded; called by all ranks.
 
         Does not communicate. What `fit` resets as an epoch begins is for `resume_metrics`.
@@ -111,7 +153,7 @@ class Training:
         own.restore_metrics(model, state["ranks"], runtime.rank, runtime.size)
         _keep_logs(model, state["logs"])
 
-    def check(self, state: Mapping[str, Any]) -> None:
+    def _check(self, state: Mapping[str, Any]) -> None:
         """Builds the model where it is not yet, and compares it with the saved one's.
 
         Raises:

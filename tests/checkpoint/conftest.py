@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import fsspec
 import pytest
 
 from tests.checkpoint import servers
@@ -50,3 +51,15 @@ def remote(request, tmp_path, started):
     made = make_target(request.param, tmp_path, started)
     yield made
     made.close()
+
+
+# Moto, the second S3, is for what stores do; here its client is the same.
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.servers) for kind in ("s3", "gcs")])
+def url(request, tmp_path, started, monkeypatch):
+    """A prefix that plain URLs reach, as with credentials and an endpoint in the environment."""
+    target = make_target(request.param, tmp_path, started)
+    protocol = fsspec.utils.get_protocol(target.url)
+    for name in {protocol, {"gs": "gcs", "gcs": "gs"}.get(protocol, protocol)}:
+        monkeypatch.setitem(fsspec.config.conf, name, target.options)
+    yield target.url
+    target.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import fsspec
 import keras
 import numpy as np
 import pytest
@@ -16,21 +15,6 @@ from orchestrator.checkpoint.retention import Last
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
 from tests.callbacks.models import Script, X, fit, make
-from tests.checkpoint.conftest import make_target
-
-# Moto, the second S3, is for what stores do; here its client is the same.
-KINDS = [pytest.param(kind, marks=pytest.mark.servers) for kind in ("s3", "gcs")]
-
-
-@pytest.fixture(params=KINDS)
-def url(request, tmp_path, started, monkeypatch):
-    """A prefix that plain URLs reach, as with credentials and an endpoint in the environment."""
-    target = make_target(request.param, tmp_path, started)
-    protocol = fsspec.utils.get_protocol(target.url)
-    for name in {protocol, {"gs": "gcs", "gcs": "gs"}.get(protocol, protocol)}:
-        monkeypatch.setitem(fsspec.config.conf, name, target.options)
-    yield target.url
-    target.close()
 
 
 @pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fsspec
 import pytest
 
 from orchestrator import callbacks, storage
@@ -10,20 +9,6 @@ from orchestrator.checkpoint.retention import EverySteps
 from tests.callbacks import ranks
 from tests.callbacks.test_backup_and_restore import Interrupt
 from tests.callbacks.test_tensorboard import files, read
-from tests.checkpoint.conftest import make_target
-
-KINDS = [pytest.param(kind, marks=pytest.mark.servers) for kind in ("s3", "gcs")]
-
-
-@pytest.fixture(params=KINDS)
-def url(request, tmp_path, started, monkeypatch):
-    """A prefix that plain URLs reach, as with credentials and an endpoint in the environment."""
-    target = make_target(request.param, tmp_path, started)
-    protocol = fsspec.utils.get_protocol(target.url)
-    for name in {protocol, {"gs": "gcs", "gcs": "gs"}.get(protocol, protocol)}:
-        monkeypatch.setitem(fsspec.config.conf, name, target.options)
-    yield target.url
-    target.close()
 
 
 def run(url, store, *others):

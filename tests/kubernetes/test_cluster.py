@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from orchestrator import cluster
+from orchestrator import jobs
+from orchestrator.cluster import Cluster
 from orchestrator.config import SettingError
 from orchestrator.kubernetes.render import render
 
@@ -27,7 +28,7 @@ def connect(tmp_path, monkeypatch):
         path.write_text(api.kubeconfig(server))
         # The client reads KUBECONFIG when it is imported.
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
-        return cluster.Cluster()
+        return Cluster()
 
     return connected
 
@@ -35,7 +36,7 @@ def connect(tmp_path, monkeypatch):
 def submit(connect, server, target="mpijob", **options):
     said: list[str] = []
     manifests = render(cases.settings(), target)
-    code = cluster.submit(connect(server), manifests, said.append, every=60, **options)
+    code = jobs.submit(connect(server), manifests, said.append, every=60, **options)
     return code, said
 
 
@@ -80,7 +81,7 @@ def test_a_watch_that_comes_too_late_is_begun_anew(connect):
     with api.serving(Attempt((0,))) as server:
         client = connect(server)
         client.apply(render(cases.settings(), "mpijob"))
-        job = cluster.job_of(render(cases.settings(), "mpijob"))
+        job = jobs.job_of(render(cases.settings(), "mpijob"))
         job["metadata"]["resourceVersion"] = "0"
         client.wait(job, 0.01)  # 410
         client.wait(client.get(job), 60)
@@ -134,7 +135,7 @@ def test_no_cluster(monkeypatch, tmp_path):
         "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none")
     )
     with pytest.raises(SettingError, match="no cluster is configured"):
-        cluster.Cluster()
+        Cluster()
 
 
 def test_as_from_a_shell(tmp_path):
