@@ -1,18 +1,18 @@
 """The digits example, whose ranks hold still after a step until they are told to go on.
 
-With HOLD a folder: each rank leaves `at-RANK` there, and waits for `go`.
+With HOLD a folder or its URL: each rank leaves `at-RANK` there, and waits for `go`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import keras
 
 from launch import digits
+from orchestrator import storage
 from orchestrator.backends import launched_rank
 
 AT = 27  # steps: no checkpoint is due, and no epoch ends
@@ -25,11 +25,11 @@ class Hold(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if int(self.model.optimizer.iterations.numpy()) != AT:
             return
-        folder = Path(os.environ["HOLD"])
-        (folder / f"at-{launched_rank()}").touch()
+        fs, folder = storage.resolve(os.environ["HOLD"])
+        fs.pipe_file(f"{folder}/at-{launched_rank()}", b"")
         end = time.monotonic() + SECONDS
-        while not (folder / "go").exists() and time.monotonic() < end:
-            time.sleep(0.02)
+        while not fs.exists(f"{folder}/go") and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def model(**options: Any) -> keras.Model:

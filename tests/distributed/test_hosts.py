@@ -53,6 +53,11 @@ def alone(tmp_path_factory):
     return came_to(folder / "run")
 
 
+def held(hold: Path, job) -> None:
+    """When all ranks hold still after the same step."""
+    namespaces.wait(lambda: len(list(hold.iterdir())) == 4, "all ranks' step", 120, job)
+
+
 @contextlib.contextmanager
 def started(net, folder: Path, command: list[str], **env: str):
     """A job from host1; whatever goes wrong, its output is shown."""
@@ -112,11 +117,14 @@ def test_two_hosts_train_as_one_does(net, tmp_path, alone):
     (tmp_path / "site" / "sitecustomize.py").write_text(SPY)
     run, writes = tmp_path / "run", tmp_path / "writes.log"
     path = f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}"
-    env = {"PYTHONPATH": path, "WATCHED": str(run), "WATCH_LOG": str(writes)}
+    hold = tmp_path / "hold"
+    hold.mkdir()
+    env = {"PYTHONPATH": path, "WATCHED": str(run), "WATCH_LOG": str(writes), "HOLD": str(hold)}
     with started(net, tmp_path, HOROVODRUN, **env) as job:
-        namespaces.wait(lambda: committed(run), "a checkpoint", 120, job)
+        held(hold, job)
         for host in ("host1", "host2"):
             assert len(ranks(net, host)) == 2, net.processes(host)
+        (hold / "go").touch()
         assert job.wait(300) == 0
         assert_nothing_left(net)
     assert came_to(run) == alone
@@ -132,7 +140,7 @@ def cut_off(net, folder: Path, command: list[str], stays: str = "sshd:") -> tupl
     run, hold = folder / "run", folder / "hold"
     hold.mkdir()
     with started(net, folder, command, HOLD=str(hold)) as job:
-        namespaces.wait(lambda: len(list(hold.iterdir())) == 4, "all ranks' step", 120, job)
+        held(hold, job)
         net.cut("host2")
         (hold / "go").touch()
         cut = time.monotonic()
@@ -187,10 +195,12 @@ def test_a_host_that_shares_no_disk_is_named_as_silent(net, tmp_path, mpi):
 
 
 def test_launch_ends_with_75_over_two_hosts(net, tmp_path, alone):
-    run, command = tmp_path / "run", [*LAUNCH, "--", *TRAIN]
-    with started(net, tmp_path, command) as job:
-        namespaces.wait(lambda: committed(run), "a checkpoint", 120, job)
+    run, hold, command = tmp_path / "run", tmp_path / "hold", [*LAUNCH, "--", *TRAIN]
+    hold.mkdir()
+    with started(net, tmp_path, command, HOLD=str(hold)) as job:
+        held(hold, job)
         net.signal(job, signal.SIGTERM)
+        (hold / "go").touch()
         assert job.wait(60) == 75
         assert_nothing_left(net)
     said = json.loads((run / "outcome.json").read_text())
@@ -201,12 +211,14 @@ def test_launch_ends_with_75_over_two_hosts(net, tmp_path, alone):
 
 
 def test_mpiexec_starts_ranks_over_ssh(net, tmp_path):
-    run = tmp_path / "run"
+    run, hold = tmp_path / "run", tmp_path / "hold"
+    hold.mkdir()
     words = [*MPIEXEC, "train.epochs=2"]
-    with started(net, tmp_path, words) as job:
-        namespaces.wait(lambda: committed(run), "a checkpoint", 120, job)
+    with started(net, tmp_path, words, HOLD=str(hold)) as job:
+        held(hold, job)
         for host in ("host1", "host2"):
             assert len(ranks(net, host)) == 2, net.processes(host)
+        (hold / "go").touch()
         assert job.wait(120) == 0
         assert_nothing_left(net)
     assert came_to(run)[2][-1] == ("end", 1, 46)

@@ -27,6 +27,9 @@ from .cases import ROOT
 from .mpi_operator import Tree, Volumes
 
 NEEDED = ("pivot_root",)
+# Where the environment that the tests run in looks for this project.
+_DIRECT_URL = importlib.metadata.distribution("keras-orchestrator").read_text("direct_url.json")
+PROJECT = json.loads(_DIRECT_URL or "")["url"].removeprefix("file://")
 _NUMBERS = itertools.count(1)
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
@@ -75,8 +78,7 @@ class Image:
 
         That names places, where it has to be as well: the project's, its own, its Python's.
         """
-        kept = importlib.metadata.distribution("keras-orchestrator").read_text("direct_url.json")
-        yield str(ROOT), json.loads(kept or "")["url"].removeprefix("file://")
+        yield str(ROOT), PROJECT
         for place in ("bin", "lib", "lib64", "sbin"):
             if os.path.isdir(f"/{place}") and not os.path.islink(f"/{place}"):
                 yield f"/{place}", f"/{place}"

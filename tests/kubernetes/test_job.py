@@ -7,6 +7,7 @@ ordinary user on a read-only root; checkpoints go to SeaweedFS.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -23,7 +24,7 @@ from tests import hosts, namespaces
 from tests.checkpoint import servers
 
 from .cases import ROOT
-from .kubelet import NEEDED, Kubelet
+from .kubelet import NEEDED, PROJECT, Kubelet
 from .mpi_operator import Operator
 
 pytestmark = [
@@ -36,13 +37,17 @@ pytestmark = [
 OVERLAY = ROOT / "k8s" / "overlays" / "s3" / "settings.yaml"
 # The overlay's role of a service account needs a cloud; the Secret is the other way.
 WORDS = [
-    *("run.deterministic=true", "train.epochs=4", "checkpoint.every_steps=10"),
+    *("run.deterministic=true", "train.epochs=4", "checkpoint.every_steps=25"),
     *("kubernetes.service_account=null", "kubernetes.service_account_annotations={}"),
     "kubernetes.credentials_secret=storage",
-    # Four ranks on few cores.
-    "kubernetes.env={TF_NUM_INTRAOP_THREADS: '1', TF_NUM_INTEROP_THREADS: '2', "
-    "OMP_NUM_THREADS: '1', TF_CPP_MIN_LOG_LEVEL: '2', TF_ENABLE_ONEDNN_OPTS: '0'}",
+    "model.factory=tests.distributed.holding:model",
 ]
+ENV = {
+    # Four ranks on few cores.
+    **{"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "2", "OMP_NUM_THREADS": "1"},
+    **{"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"},
+    "PYTHONPATH": PROJECT,  # where the tests are found
+}
 
 
 class Cluster:
@@ -50,7 +55,8 @@ class Cluster:
 
     def __init__(self, net, storage, url, folder):
         self.net, self.storage, self.url = net, storage, url
-        settings = load(OVERLAY, [*WORDS, f"run.dir={url}"])
+        env = json.dumps({**ENV, "HOLD": f"{url}/hold"})
+        settings = load(OVERLAY, [*WORDS, f"run.dir={url}", f"kubernetes.env={env}"])
         manifests = {one["kind"]: one for one in render(settings, "mpijob")}
         self.operator = Operator(manifests["MPIJob"], "default")
         config = manifests["ConfigMap"]
@@ -100,10 +106,15 @@ class Cluster:
         except OSError:
             return False
 
+    @contextlib.contextmanager
+    def bucket(self):
+        """A client of the storage, and where the run's directory begins in the bucket."""
+        with self.net.inside(), contextlib.closing(servers.client(self.storage.port)) as s3:
+            yield s3, self.url.removeprefix(f"{self.storage.url}/") + "/"
+
     def read(self, pattern):
         """Texts of the run's directory whose place there matches, by place."""
-        prefix = self.url.removeprefix(f"{self.storage.url}/") + "/"
-        with self.net.inside(), contextlib.closing(servers.client(self.storage.port)) as s3:
+        with self.bucket() as (s3, prefix):
             listed = s3.list_objects_v2(Bucket=servers.BUCKET, Prefix=prefix).get("Contents", [])
             places = [one["Key"].removeprefix(prefix) for one in listed]
             return {
@@ -111,6 +122,19 @@ class Cluster:
                 for place in places
                 if re.fullmatch(pattern, place)
             }
+
+    def start_and_hold(self):
+        """The launcher, whose four ranks hold still between two checkpoints."""
+        launcher = self.start_launcher()
+        held = functools.partial(self.read, r"hold/at-\d")
+        namespaces.wait(lambda: len(held()) == 4, "all ranks' step", 200, launcher.process)
+        namespaces.wait(lambda: 25 in self.committed(), "the last checkpoint", 30)
+        return launcher
+
+    def go_on(self):
+        """Lets the ranks that hold still go on."""
+        with self.bucket() as (s3, prefix):
+            s3.put_object(Bucket=servers.BUCKET, Key=f"{prefix}hold/go", Body=b"")
 
     def committed(self):
         """The steps of the checkpoints that are there."""
@@ -193,9 +217,9 @@ def assert_confined(job):
 def whole(started):
     """What a job comes to that nothing happens to."""
     with cluster(started, "whole") as job:
-        launcher = job.start_launcher()
-        namespaces.wait(job.committed, "a checkpoint", 200, launcher.process)
+        launcher = job.start_and_hold()
         assert_confined(job)
+        job.go_on()
         assert launcher.process.wait(300) == 0
         # The operator then deletes the workers (cleanPodPolicy: Running).
         for pod in job.pods:
@@ -213,10 +237,10 @@ def test_a_job_finishes(whole):
 
 def test_a_job_that_lost_a_worker_goes_on_to_the_same_result(started, whole):
     with cluster(started, "lost") as job:
-        launcher = job.start_launcher()
-        namespaces.wait(job.committed, "a checkpoint", 200, launcher.process)
+        launcher = job.start_and_hold()
         job.pods[1].signal(signal.SIGKILL)
         killed = time.monotonic()
+        job.go_on()
         assert launcher.process.wait(60) not in (0, 75)
         print(f"the launcher ended {time.monotonic() - killed:.1f} s after a worker was killed")
         before = job.committed()
@@ -229,15 +253,15 @@ def test_a_job_that_lost_a_worker_goes_on_to_the_same_result(started, whole):
         assert launcher.process.wait(300) == 0
         found = re.search(r"Continuing at epoch \d+, batch \d+ \(step (\d+)\)", launcher.text())
         assert found, launcher.text()
-        assert int(found[1]) == before[-1]
+        assert int(found[1]) == before[-1] == 25
         assert job.came_to() == whole
 
 
 def test_a_job_whose_worker_is_preempted_commits_first(started):
     with cluster(started, "preempted") as job:
-        launcher = job.start_launcher()
-        namespaces.wait(job.committed, "a checkpoint", 200, launcher.process)
+        launcher = job.start_and_hold()
         job.pods[1].signal(signal.SIGTERM)
+        job.go_on()
         assert launcher.process.wait(60) == 75
         assert job.pods[1].process.wait(30) == 143
         (outcome,) = map(json.loads, job.read("outcome.json").values())
