@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import orchestrator
+from orchestrator import callbacks
 from orchestrator.config import SettingError
 from orchestrator.runtime import Runtime
 from tests import metric_cases
@@ -45,6 +46,7 @@ def weighted(count: int) -> tuple[np.ndarray, ...]:
 
 SGD = functools.partial(keras.optimizers.SGD, 0.1, momentum=0.9)
 ADAM = functools.partial(keras.optimizers.Adam, 1e-2, global_clipnorm=0.5)
+AVERAGING = functools.partial(keras.optimizers.SGD, 0.1, use_ema=True, ema_momentum=0.5)
 ACCUMULATING = functools.partial(keras.optimizers.SGD, 0.1, gradient_accumulation_steps=2)
 # name: (model for a runtime, data); batches of 16: partial, of one sample, all smaller than that
 CASES: dict[str, Any] = {
@@ -57,16 +59,32 @@ CASES: dict[str, Any] = {
         lambda r: tagger(r, keras.losses.MeanAbsoluteError(reduction="sum")),
         problems.tokens(33),
     ),
+    "averages in validation": (lambda r: classifier(r, AVERAGING), problems.digits(45)),
+    "averages after each epoch": (lambda r: classifier(r, AVERAGING), problems.digits(33)),
+}
+# By case, from ours or Keras's.
+CALLBACKS: dict[str, Any] = {
+    "averages in validation": lambda of: [of.SwapEMAWeights()],
+    "averages after each epoch": lambda of: [of.SwapEMAWeights(swap_on_epoch=True)],
 }
 
 
-def trained(runtime: Runtime, build: Any, data: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
+def trained(
+    runtime: Runtime, build: Any, data: Any, *own: Any
+) -> tuple[list[np.ndarray], list[float]]:
+    """The weights, and the losses of training and validation of each epoch."""
     keras.utils.set_random_seed(7)
     model = build(runtime)
     runtime.broadcast(model)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(16)
-    history = model.fit(runtime.shard(dataset), epochs=2, verbose=0).history
-    losses = {"loss": history["loss"]}
+    history = model.fit(
+        runtime.shard(dataset),
+        validation_data=runtime.shard(dataset),
+        epochs=2,
+        verbose=0,
+        callbacks=list(own),
+    ).history
+    losses = history["loss"] + history["val_loss"]
     return [np.asarray(w, "float64") for w in model.get_weights()], losses
 
 
@@ -108,11 +126,12 @@ def main(path: str, replicas: str, *names: str) -> None:
     for name in names or CASES:
         build, data = CASES[name]
         (ours, our_losses), (theirs, losses) = (
-            trained(r, build, data) for r in (runtime, problems.alone())
+            trained(r, build, data, *CALLBACKS.get(name, lambda of: [])(of))
+            for r, of in ((runtime, callbacks), (problems.alone(), keras.callbacks))
         )
         found[name] = {
             "weights": problems.worst(ours, theirs),
-            "loss": float(np.abs(np.divide(our_losses["loss"], losses["loss"]) - 1).max()),
+            "loss": float(np.abs(np.divide(our_losses, losses) - 1).max()),
         }
     found["metrics"] = metrics(runtime)
     found["accumulation"] = refused(runtime)

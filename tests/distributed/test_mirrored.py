@@ -31,7 +31,7 @@ def test_it_equals_one_process(replicas, names, tmp_path, record_property):
     assert max(metrics.values()) <= 1e-6, metrics
     accumulation = found.pop("accumulation")
     assert "gradient_accumulation_steps=2" in accumulation, accumulation
-    assert len(found) == (len(names) or 6)
+    assert len(found) == (len(names) or 8)
     for name, worst in found.items():
         assert worst["weights"] <= 1e-6, (name, worst)
         assert worst["loss"] <= 1e-6, (name, worst)
