@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
 
     import_tensorflow()
-    from orchestrator.backends import launched_rank
+    from orchestrator.backends import launched_local_rank, launched_rank
     from orchestrator.config import SettingError, load
     from orchestrator.preemption import EXIT_CODE, Preempted
     from orchestrator.training import start, train
@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         runtime = start(settings)
         train(settings, runtime)
     except SettingError as error:
-        if launched_rank() == 0:
+        # Before the ranks have met it may be one host's alone.
+        if (launched_local_rank() if runtime is None else launched_rank()) == 0:
             print(f"Settings error: {error}", file=sys.stderr, flush=True)
         return 2
     except Preempted as preempted:

@@ -51,6 +51,12 @@ def launched_rank() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
+def launched_local_rank() -> int:
+    """The same, of its number on its host."""
+    names = ("HOROVOD_LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
 def launched_size() -> int | None:
     """How many ranks the launcher started, where its environment says."""
     names = ("HOROVOD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")

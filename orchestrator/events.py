@@ -89,8 +89,15 @@ class RunDirectory(Events):
 
     def outcome(self, exit_code: int, reason: str, epoch: int | None, step: int | None) -> None:
         """Writes `outcome.json`, whole."""
-        record = {"exit_code": exit_code, "reason": reason, "epoch": epoch, "step": step}
-        storage.write_text(storage.join(self.url, "outcome.json"), json.dumps(record) + "\n")
+        write_outcome(self.url, exit_code, reason, epoch, step)
+
+
+def write_outcome(
+    url: str, exit_code: int, reason: str, epoch: int | None = None, step: int | None = None
+) -> None:
+    """Writes a run directory's `outcome.json`, whole."""
+    record = {"exit_code": exit_code, "reason": reason, "epoch": epoch, "step": step}
+    storage.write_text(storage.join(url, "outcome.json"), json.dumps(record) + "\n")
 
 
 def _record(line: str) -> dict[str, Any]:

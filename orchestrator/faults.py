@@ -20,7 +20,7 @@ from orchestrator import storage
 from orchestrator.agreement import RankError
 from orchestrator.communicators.base import Communicator
 from orchestrator.config import SettingError
-from orchestrator.events import Events
+from orchestrator.events import Events, write_outcome
 
 # A dead rank's own words, and its launcher's, come first. Not long: in Gloo's ring the next rank
 # learns of it only as this one ends, and horovodrun kills all after 5 s.
@@ -182,9 +182,7 @@ class Faults:
             storage.Lines(storage.join(self._run_dir, "events.jsonl"), keep=True).append(line)
 
     def _outcome(self, code: int, reason: str, step: int | None) -> None:
-        record = {"exit_code": code, "reason": reason, "epoch": None, "step": step}
-        url = storage.join(self._run_dir or "", "outcome.json")
-        storage.write_text(url, json.dumps(record) + "\n")
+        write_outcome(self._run_dir or "", code, reason, step=step)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Says why this rank ends, and ends all: in full on the first that failed, else a line."""

@@ -23,6 +23,7 @@ EXIT_CODE = PREEMPTED
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 5.0
 SAME_NOTICE_SECONDS = 2.0
+_HTTP = ("http://", "https://")
 # What metadata servers answer as long as there is nothing to say.
 _NOTHING = ("", "false", "none")
 
@@ -143,8 +144,8 @@ class Watch:
                 return
             self._timer = threading.Timer(self._grace, self._out_of_time, (what, number))
             self._timer.daemon = True
-            self._timer.start()
-        self._heard(what)
+        self._heard(what)  # first: the present step may just be reading its flags
+        self._timer.start()
 
     def _out_of_time(self, what: str, number: int) -> None:
         if self._is_committed:
@@ -158,15 +159,21 @@ class Watch:
         self._tell(f"{self._notice} is there")
 
 
+def check_notice(notice: str) -> None:
+    """Raises `SettingError` where a notice is of a kind that nothing here can look at."""
+    if not notice.startswith(_HTTP):
+        storage.resolve(notice)
+
+
 def is_there(notice: str) -> bool:
     """Whether a notice is there; not, where that cannot be found out."""
     try:
-        if notice.startswith(("http://", "https://")):
+        if notice.startswith(_HTTP):
             return _answer(notice).strip().lower() not in _NOTHING
         fs, path = storage.resolve(notice)
         fs.invalidate_cache()
         return fs.exists(path)
-    except (OSError, ValueError):
+    except Exception:  # noqa: BLE001 - a client's own errors; the next look may find out
         return False
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from orchestrator import restoring, storage
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError, Settings
-from orchestrator.events import RunDirectory
+from orchestrator.events import RunDirectory, write_outcome
 from orchestrator.faults import ignore_signals, set_aside
 from orchestrator.parts import store_url
 from orchestrator.restoring import Opened
@@ -19,16 +22,10 @@ def open_checkpoint(settings: Settings, runtime: Runtime) -> Opened | None:
     if asked == "never":
         runtime.on_root(lambda: _refuse_checkpoints(own))
         return None
-    url, step = (own, None) if asked == "auto" else restoring.at(asked)
-    try:
-        opened = restoring.open_newest(runtime, CheckpointStore(url), step)
-    except SettingError as error:
-        if url.startswith(settings.run.dir):
-            raise _no_run_directory(settings, error) from None
-        raise
+    opened = _open_own(settings, runtime, own)
+    if asked != "auto":
+        opened = _open_asked(runtime, asked, own, opened)
     if opened is None:
-        if asked != "auto":
-            raise SettingError(f"run.resume={asked}: there is no whole checkpoint there.")
         return None
     state = opened.state
     if state is None or state["settings"] is None:
@@ -43,6 +40,34 @@ def open_checkpoint(settings: Settings, runtime: Runtime) -> Opened | None:
         state["stopped"] = False  # by what has been changed now, perhaps
     runtime.seed = state["seed"]
     return opened
+
+
+def _open_own(settings: Settings, runtime: Runtime, own: str) -> Opened | None:
+    try:
+        return restoring.open_newest(runtime, CheckpointStore(own))
+    except SettingError as error:
+        if own.startswith(settings.run.dir):
+            raise _no_run_directory(settings, error) from None
+        raise
+
+
+def _open_asked(runtime: Runtime, asked: str, own: str, newest: Opened | None) -> Opened:
+    """What `run.resume` names, until the run has checkpoints of its own."""
+    url, step = restoring.at(asked)
+    if newest is None:
+        opened = restoring.open_newest(runtime, CheckpointStore(url), step)
+        if opened is None:
+            raise SettingError(f"run.resume={asked}: there is no whole checkpoint there.")
+        return opened
+    is_own = storage.resolve(url) == storage.resolve(own)
+    if is_own and step not in (None, newest.checkpoint.step):
+        newest.close()
+        raise SettingError(
+            f"run.resume={asked}: the newest checkpoint there is of step "
+            f"{newest.checkpoint.step}, and a run goes on from the newest of its own. Remove "
+            "those that came later, or choose another run.dir."
+        )
+    return newest
 
 
 def _refuse_checkpoints(url: str) -> None:
@@ -75,6 +100,35 @@ def open_directory(settings: Settings, runtime: Runtime) -> RunDirectory | None:
         runtime.events = directories[0]
         return directories[0]
     return None
+
+
+@contextlib.contextmanager
+def recorded_refusal(settings: Settings, runtime: Runtime) -> Iterator[None]:
+    """Before a start makes the run's directory: an earlier start's outcome.json is not its own.
+
+    On rank 0 it is removed, and where the settings are refused inside, it says so instead. A
+    directory that is not there is not made.
+    """
+    earlier = runtime.is_root and _forget_outcome(settings.run.dir)
+    try:
+        yield
+    except SettingError as error:
+        if earlier:
+            with contextlib.suppress(OSError):  # the refusal matters more
+                write_outcome(settings.run.dir, 2, f"SettingError: {error}")
+        raise
+
+
+def _forget_outcome(run_dir: str) -> bool:
+    """Whether there was one; not, where that cannot be found out: who opens the directory says."""
+    try:
+        fs, path = storage.resolve(storage.join(run_dir, "outcome.json"))
+        found = fs.exists(path)
+        if found:
+            fs.rm_file(path)
+    except Exception:  # noqa: BLE001 - a client's own errors
+        return False
+    return found
 
 
 def _no_run_directory(settings: Settings, error: Exception) -> SettingError:

@@ -273,7 +273,7 @@ def init(
             "backend='mirrored', 1 or more."
         )
     communicator, deadline = backends.join(chosen, timeout)
-    backends.pin_gpu(gpus, communicator)
+    agreement.on_all(communicator, lambda: backends.pin_gpu(gpus, communicator))
     strategy = backends.mirror(gpus, replicas) if chosen == "mirrored" else None
     drawn = random.SystemRandom().randrange(2**31) if seed is None else seed
     drawn, launch = communicator.broadcast_object((drawn, secrets.token_hex(8)))

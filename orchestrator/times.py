@@ -66,10 +66,14 @@ class Times:
         self._waited = dict(waits.seconds)
 
     @functools.cached_property
-    def _sums(self) -> Any:
-        """Of the moments data arrived, and of the seconds in the reduction."""
-        with tf.init_scope(), tf.device("/CPU:0"):
-            return tf.Variable(tf.zeros(2, tf.float64), trainable=False)
+    def _arrived(self) -> Any:
+        """The sum of the moments at which data were there."""
+        return _sum()
+
+    @functools.cached_property
+    def _reduction(self) -> Any:
+        """The sum of the seconds in the reduction."""
+        return _sum()
 
     def begin(self, steps: int) -> None:
         """Notes that the training function is called, for so many steps."""
@@ -81,7 +85,7 @@ class Times:
         """Notes when this step's data are there; called while it is traced."""
         with tf.control_dependencies(tf.nest.flatten(data)):
             now = _now() - self._origin
-        self._sums.assign_add([now, 0.0])
+        self._arrived.assign_add(now, read_value=False)
 
     def reducing(self, own: Sequence[Any], reduce: Callable[[], T]) -> T:
         """Calls `reduce`, whose time from `own` to its result is noted; while a step is traced."""
@@ -89,23 +93,29 @@ class Times:
             ready = _now()
         reduced = reduce()
         with tf.control_dependencies(_tensors(reduced)):
-            self._sums.assign_add([0.0, _now() - ready])
+            self._reduction.assign_add(_now() - ready, read_value=False)
         return reduced
 
     def take(self) -> Spent:
         """What was spent since the last time; begins anew."""
         now, waited = self._waits.clock(), dict(self._waits.seconds)
-        arrived, reduction = map(float, self._sums.numpy())
+        arrived, reduction = (float(of.numpy()) for of in (self._arrived, self._reduction))
         calls = {call: s - self._waited.get(call, 0.0) for call, s in waited.items()}
         inside = sum(calls.pop(name, 0.0) for name in STEPS)
         data = arrived - self._entered if self._arrivals else 0.0
         spent = Spent(
             self._steps, now - self._began, max(data, 0.0), reduction, inside, sum(calls.values())
         )
-        self._sums.assign([0.0, 0.0])
+        self._arrived.assign(0.0)
+        self._reduction.assign(0.0)
         self._began, self._waited = now, waited
         self._entered, self._steps = 0.0, 0
         return spent
+
+
+def _sum() -> Any:
+    with tf.init_scope(), tf.device("/CPU:0"):
+        return tf.Variable(0.0, dtype=tf.float64, trainable=False)
 
 
 def _tensors(values: Any) -> list[Any]:

@@ -17,7 +17,12 @@ from orchestrator.events import RunDirectory
 from orchestrator.parts import Parts, call
 from orchestrator.preemption import EXIT_CODE, Preempted
 from orchestrator.restoring import Opened
-from orchestrator.run_directory import open_checkpoint, open_directory, record_failure
+from orchestrator.run_directory import (
+    open_checkpoint,
+    open_directory,
+    record_failure,
+    recorded_refusal,
+)
 from orchestrator.runtime import Runtime
 
 
@@ -36,12 +41,8 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
         Preempted: On every rank: a notice came, and a checkpoint was committed.
     """
     runtime = runtime or start(settings)
-    handshake.agree(runtime.communicator, handshake.of_programs(settings))
-    check_batch(settings.train.global_batch_size, runtime)
-    parts = runtime.on_all(lambda: Parts.of(settings))
-    code = runtime.on_all(lambda: handshake.of_code(parts.data, parts.model))
-    handshake.agree(runtime.communicator, code)
-    opened = open_checkpoint(settings, runtime)
+    with recorded_refusal(settings, runtime):
+        parts, opened = _open(settings, runtime)
     # Whatever was drawn until here (user code on import, a library's waits) does not count.
     runtime.reseed()
     with contextlib.closing(opened) if opened else contextlib.nullcontext():
@@ -55,6 +56,16 @@ def train(settings: Settings, runtime: Runtime | None = None) -> keras.callbacks
         except Exception as error:
             record_failure(runtime, directory, error)
             raise
+
+
+def _open(settings: Settings, runtime: Runtime) -> tuple[Parts, Opened | None]:
+    """What the settings name, alike on all ranks, and what is gone on from; by all ranks."""
+    handshake.agree(runtime.communicator, handshake.of_programs(settings))
+    check_batch(settings.train.global_batch_size, runtime)
+    parts = runtime.on_all(lambda: Parts.of(settings))
+    code = runtime.on_all(lambda: handshake.of_code(parts.data, parts.model))
+    handshake.agree(runtime.communicator, code)
+    return parts, open_checkpoint(settings, runtime)
 
 
 def _train(

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from orchestrator.preemption import EXIT_CODE, SAME_NOTICE_SECONDS, Preempted, Watch, is_there
+from orchestrator import SettingError, callbacks
+from orchestrator.preemption import (
+    EXIT_CODE,
+    SAME_NOTICE_SECONDS,
+    Preempted,
+    Watch,
+    check_notice,
+    is_there,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,6 +184,26 @@ def test_a_token_is_fetched_where_one_is_wanted(url):
         ("GET", "/guarded"),
     ]
     assert Metadata.asked[2][2]["X-aws-ec2-metadata-token"] == "a token"
+
+
+def test_a_client_s_own_error_is_no_answer(monkeypatch):
+    class Hiccup(Exception):
+        pass
+
+    def exists(self, path):
+        raise Hiccup
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", exists)
+    assert not is_there("memory://notices/one")
+
+
+def test_a_notice_nobody_can_look_at():
+    check_notice("http://metadata.example/preempted")
+    check_notice("/some/file")
+    with pytest.raises(SettingError, match="nonesuch://x/y"):
+        check_notice("nonesuch://x/y")
+    with pytest.raises(SettingError, match="nonesuch://x/y"):
+        callbacks.StoreCheckpoint("memory://store", preempt_notice="nonesuch://x/y")
 
 
 def test_nobody_there():

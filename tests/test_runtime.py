@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import orchestrator
-from orchestrator import SettingError
+from orchestrator import SettingError, backends
 from orchestrator import runtime as runtimes
 from orchestrator.agreement import RankError
 from orchestrator.communicators.single import SingleCommunicator
@@ -234,3 +234,12 @@ def test_evaluate_in_one_process_is_keras():
     x, y = np.ones((4, 2), "float32"), np.zeros((4, 1), "float32")
     expected = model.evaluate(x, y, verbose=0, return_dict=True)
     assert orchestrator.evaluate(model, x, y=y) == expected
+
+
+def test_ranks_that_another_host_has_no_gpu_for(fresh, monkeypatch):
+    """Rank 0, whose own host has enough, refuses as well instead of waiting for the others."""
+    told = (True, "This host has 1 visible GPU(s) and 2 ranks")
+    others = FakeCommunicator(0, 4, gather=lambda mine: [mine, None, told, told])
+    monkeypatch.setattr(backends, "join", lambda backend, timeout: (others, None))
+    with pytest.raises(SettingError, match="1 visible GPU"):
+        orchestrator.init("horovod")

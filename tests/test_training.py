@@ -262,6 +262,9 @@ def test_settings_that_make_another_training(here, capsys, word, message):
     assert "run.resume=never" in said
     assert record(here / "run") == first
     assert (here / "run/config.yaml").read_text() == settings
+    outcome = json.loads((here / "run/outcome.json").read_text())
+    assert (outcome["exit_code"], outcome["epoch"]) == (2, None), "of this start, not of the first"
+    assert message in outcome["reason"]
 
 
 def test_never(here, capsys):
@@ -281,6 +284,26 @@ def test_a_given_checkpoint(here, capsys):
     assert ends[0] == ends[1]
     assert again(*RUN, "run.dir=third", "run.resume=run/checkpoints/step-0000000003") == 2
     assert "has no checkpoint of step 3" in message_of(capsys)
+
+
+def test_a_given_checkpoint_is_gone_on_from_once(here, capsys):
+    """The same command again, as after a preemption, goes on from the run's own."""
+    assert launch(*RUN, "train.epochs=1") == 0
+    words = ("run.dir=other", "run.resume=run/checkpoints")
+    assert again(*RUN, *words, "train.epochs=2") == 0
+    assert again(*RUN, *words) == 0
+    assert "Continuing at epoch 3 (step 6) from other/checkpoints/step" in capsys.readouterr().out
+    assert again(*RUN, "run.dir=whole") == 0
+    ends = [events(here / name)[-1]["weights"] for name in ("whole", "other")]
+    assert ends[0] == ends[1]
+
+
+def test_an_older_checkpoint_of_its_own_is_refused(here, capsys):
+    assert launch(*RUN) == 0
+    assert again(*RUN, f"run.resume={here}/run/checkpoints/step-0000000009") == 2
+    said = message_of(capsys)
+    assert "the newest checkpoint there is of step 12, and a run goes on from" in said
+    assert again(*RUN, "run.resume=run/checkpoints/step-0000000012") == 0
 
 
 def test_without_a_seed_the_run_s_own_is_taken(here):
@@ -423,6 +446,14 @@ def test_a_run_directory_that_cannot_be_written(here, capsys, name):
     assert "Set run.dir to" in said
     assert sorted(set(os.listdir(here)) - {"__pycache__"}) == ["file", "mine.py", "settings.yaml"]
     assert (here / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(("rank", "local", "says"), [(2, 0, 1), (3, 1, 0)])
+def test_settings_that_one_host_cannot_read(capsys, monkeypatch, rank, local, says):
+    monkeypatch.setenv("HOROVOD_RANK", str(rank))
+    monkeypatch.setenv("HOROVOD_LOCAL_RANK", str(local))
+    assert main(["--config", "nonesuch.yaml"]) == 2
+    assert capsys.readouterr().err.count("nonesuch.yaml cannot be read") == says
 
 
 def test_a_missing_settings_file(here, capsys):

@@ -20,7 +20,7 @@ from orchestrator.checkpoint.state import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.writer import Writer
 from orchestrator.optimizer import calls
-from orchestrator.preemption import Preempted, Watch
+from orchestrator.preemption import Preempted, Watch, check_notice
 from orchestrator.restoring import Opened, open_newest, roll_back
 from orchestrator.resume import files
 from orchestrator.resume.epochs import Epochs, calling_fit
@@ -67,8 +67,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
         clock: Seconds, from any origin.
 
     Raises:
-        SettingError: On every rank, before training: the store cannot be written, or what it holds
-            is of another model.
+        SettingError: On every rank, before training: the store cannot be written, what it holds
+            is of another model, or no filesystem is known for the notice.
         Preempted: On every rank, at the end of a step.
     """
 
@@ -95,6 +95,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
         self._keep = tuple(keep)
         self._resume = resume
         self._grace, self._notice = preempt_grace, preempt_notice
+        if preempt_notice is not None:
+            check_notice(preempt_notice)
         self._settings = settings
         self._clock = clock
         self._watch: Watch | None = None
@@ -124,6 +126,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
             self._runtime.flags.down(flag)
         self._goes_on: Mapping[str, Any] | None = None
         self._committed: int | None = None
+        self._pruned = self._keep
         place = self._continue() or Place(0, 0, int(calls(self.model.optimizer).numpy()))
         self._runtime.on_root(self._prepare)
         self._epoch = place.epoch
@@ -194,10 +197,10 @@ class StoreCheckpoint(keras.callbacks.Callback):
             self._last = dataclasses.replace(self._last, epoch=self._epoch)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Waits until all is written."""
+        """Waits until all is written. A notice ends that only where it takes too long."""
+        self._runtime.on_root(self._writer.close)
         self.close()
         self.model._initial_epoch = None
-        self._runtime.on_root(self._writer.close)
 
     def close(self) -> None:
         """No longer listens for signals; called where training ends, however it does."""
@@ -223,6 +226,7 @@ class StoreCheckpoint(keras.callbacks.Callback):
 
     def _preempt(self, logs: Mapping[str, Any]) -> None:
         """Saves this moment, waits for it, and ends training; by all ranks."""
+        self._pruned = ()  # what is old can wait for the next start
         if self._now().step > self._last.step:
             self._save({}, logs, self._batches)
         committed = self._runtime.on_root(self._flushed)
@@ -285,8 +289,8 @@ class StoreCheckpoint(keras.callbacks.Callback):
                 world_size=self._runtime.size,
             )
             self._committed = place.step
-            if self._keep:
-                self.store.prune(self._keep)
+            if self._pruned:
+                self.store.prune(self._pruned)
         except BaseException:
             self._runtime.flags.up("failed")
             raise

@@ -28,17 +28,15 @@ class Outcome(NamedTuple):
 def verdict(ended: Sequence[Ended]) -> Outcome:
     """The outcome of ranks in the order in which they ended.
 
-    0 if all are 0; 75 if those that failed did so with 75; else the code of the first that failed
-    with another, since what comes after it is often its consequence.
+    0 if all are 0; else the code of the first that failed, since what comes after it is often its
+    consequence: a rank that is preempted while it starts leaves others that wait for it.
     """
-    failed = [one for one in ended if one.code]
-    others = [one for one in failed if one.code != PREEMPTED]
-    if not failed:
+    first = next((one for one in ended if one.code), None)
+    if first is None:
         return Outcome(0, "")
-    if not others:
-        rank = failed[0].rank
-        return Outcome(PREEMPTED, f"rank {rank} ended first, with {PREEMPTED}: preempted", rank)
-    first = others[0]
+    if first.code == PREEMPTED:
+        said = f"rank {first.rank} ended first, with {PREEMPTED}: preempted"
+        return Outcome(PREEMPTED, said, first.rank)
     return Outcome(first.code, f"rank {first.rank} {first.how}, the first to fail", first.rank)
 
 

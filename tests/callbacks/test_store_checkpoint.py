@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
+import time
 
 import fsspec
 import keras
@@ -209,3 +211,35 @@ def test_a_notice_ends_training_which_goes_on_from_there(url, batch):
         assert fit(make(), saver, epochs=4, shuffle=False).history == expected
     saved = [event["step"] for event in recorder.events if event["kind"] == "checkpoint"]
     assert saved == [6, 9, 12][batch == 2 :], "no step is saved twice"
+
+
+def test_a_notice_leaves_no_time_to_remove_what_is_old(url):
+    with Runtime(SingleCommunicator()).use():
+        saver = callbacks.StoreCheckpoint(url, keep=[Last(1)], preempt_grace=None)
+        with pytest.raises(Preempted):
+            fit(make(), Notice(1, 0), saver, epochs=4)
+        assert steps(url) == [(3, 0), (4, 0)]
+        fit(make(), callbacks.StoreCheckpoint(url, keep=[Last(1)], resume=True), epochs=4)
+        assert steps(url) == [(12, 3)]
+
+
+class Late(CheckpointStore):
+    """A notice comes while the last checkpoint is written, when training has ended."""
+
+    def save(self, *args, **kwargs):
+        if kwargs["step"] == 6:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return super().save(*args, **kwargs)
+
+
+def test_a_notice_while_the_last_checkpoint_is_written(url):
+    outside = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: outside.append(number))
+    try:
+        fit(make(), callbacks.StoreCheckpoint(Late(url)), epochs=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert steps(url) == [(3, 0), (6, 1)]
+    assert outside == [], "heard, and training was at its end"
