@@ -115,7 +115,7 @@ class Times:
 
 def _sum() -> Any:
     with tf.init_scope(), tf.device("/CPU:0"):
-        return tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        return tf.Variable(tf.zeros([], tf.float64), trainable=False)
 
 
 def _tensors(values: Any) -> list[Any]:
