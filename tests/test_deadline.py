@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -171,38 +172,52 @@ def test_before_all_are_there_a_rank_speaks_alone(quick, capfd):
     assert "rank 3 of 4: before training, waiting in start-up, for all" in capfd.readouterr().err
 
 
-def test_no_time_but_in_waits_counts(quick, tmp_path):
-    ended, done = quick
-    one = watched(0, 2, tmp_path, 0.3)
+def watched_by(clock: Clock, ticks, timeout: float, folder) -> None:
+    """Watches in this thread, as the clock of `ticks(waits)` goes: one look at each `yield`."""
+    one = watched(0, 2, folder, timeout)
+    one.waits = Waits(timeout, clock)
     one.waits.stepped(1)
-    one.start()
-    for _ in range(5):
-        with one.waits.on("allreduce"):
-            time.sleep(0.1)
-    assert not done.wait(1.0)
-    one.stop()
+    going = ticks(one.waits)
+    one._stop = cast(Any, SimpleNamespace(wait=lambda seconds: next(going, True)))
+    one._watch()
+
+
+def test_no_time_but_in_waits_counts(quick, tmp_path):
+    """Five waits of 4 s, and 12 s after each, where a wait may last 10."""
+    ended, _ = quick
+    clock = Clock()
+
+    def ticks(record):
+        for _ in range(5):
+            with record.on("allreduce"):
+                clock.now += 4
+                yield False
+            for _ in range(3):
+                clock.now += 4
+                yield False
+
+    watched_by(clock, ticks, 10.0, tmp_path)
     assert ended == []
     assert not (tmp_path / "faults").exists()
 
 
-def test_a_process_that_was_stopped_counts_anew(quick, tmp_path):
+def test_a_process_that_was_stopped_counts_anew(quick, tmp_path, capfd):
     """SIGSTOP, or a machine that slept: the others did not keep it waiting."""
-    ended, done = quick
-    one = watched(0, 2, tmp_path, 30.0)
+    ended, _ = quick
     clock = Clock()
-    one.waits.clock = clock
-    one.waits.stepped(1)
-    one._tick = 0.02
-    one.start()
-    with one.waits.on("allreduce"):
-        time.sleep(0.2)
-        clock.now += 1000
-        assert not done.wait(0.3)
-        for _ in range(8):  # and now it runs
-            clock.now += 4
-            time.sleep(0.05)
-        assert done.wait(10)
+
+    def ticks(record):
+        with record.on("allreduce"):
+            clock.now += 1000
+            yield False
+            for seconds in (4, 4, 4, 4, 4, 4, 4, 2, 1):  # and now it runs
+                clock.now += seconds
+                yield False
+
+    with pytest.raises(SystemExit):
+        watched_by(clock, ticks, 30.0, tmp_path)
     assert len(ended) == 1
+    assert "waiting in allreduce for 1031.0 s (at most 30 s)" in capfd.readouterr().err
 
 
 def test_notes_anywhere(capfd):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from orchestrator import metrics
+from orchestrator import callbacks, metrics
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
 from orchestrator.events import RunDirectory
-from orchestrator.resume import files, randomness
+from orchestrator.resume import files, randomness, training
 from orchestrator.resume.settings import compare
+from tests.callbacks.models import fit, make
 
 TREE = {
     "number": 3,
@@ -171,3 +173,19 @@ def test_metrics_of_other_ranks_are_shared_out():
         combined = np.max(values, 0) if index == largest else np.sum(values, 0)
         np.testing.assert_allclose(shares[0][index], combined, rtol=1e-6)
         assert not shares[1][index].any()
+
+
+def test_a_state_of_a_newer_version_is_refused_and_left(tmp_path, monkeypatch):
+    def saver():
+        return callbacks.BackupAndRestore(str(tmp_path), delete_checkpoint=False)
+
+    with monkeypatch.context() as newer:
+        newer.setattr(training, "FORMAT", training.FORMAT + 1)
+        fit(make(), saver(), epochs=2)
+    model = make()
+    before = model.get_weights()
+    with pytest.raises(SettingError, match=r"has format 2; .* reads formats up to 1\. Continue it"):
+        fit(model, saver(), epochs=3)
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [one.step for one in CheckpointStore(str(tmp_path)).list()] == [6]

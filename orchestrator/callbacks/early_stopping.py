@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 
 from orchestrator import decisions, weights
 from orchestrator.callbacks.monitor import Missing, Monitor
@@ -97,9 +96,16 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
         return {"state": self._state._asdict(), "best_weights": self.best_weights}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there; does not communicate."""
-        self._adopt(decisions.StopState(**state["state"]))
-        self.best_weights = state["best_weights"] if self._runtime.is_root else None
+        """Goes on from there; does not communicate.
+
+        Where the best weights were not kept, the next epoch's are, as in Keras that has none.
+        """
+        decided, kept = decisions.StopState(**state["state"]), state["best_weights"]
+        if self.restore_best_weights and kept is None:
+            decided = decided._replace(best_epoch=None)
+        self._adopt(decided)
+        keeps = self.restore_best_weights and self._runtime.is_root
+        self.best_weights = kept if keeps else None
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Broadcasts the best weights to every rank."""
@@ -108,9 +114,8 @@ class EarlyStopping(Monitor, keras.callbacks.EarlyStopping):
         if not self.restore_best_weights or self._state.best_epoch is None:
             return
         self._say(f"Restoring model weights from the end of the best epoch: {self.best_epoch + 1}.")
-        mine = self.best_weights
-        if mine is None:
-            mine = [np.empty(w.shape, w.dtype) for w in self.model.get_weights()]
+        # Ranks but 0 keep none, and send in what has the shapes.
+        mine = self.best_weights or self.model.get_weights()
         self.model.set_weights(weights.broadcast_arrays(self._runtime.communicator, mine))
         self.restored_epoch = self.best_epoch
         self._emit("restore", self.best_epoch, monitor=self.monitor, value=self.best)

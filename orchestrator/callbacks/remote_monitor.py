@@ -17,8 +17,9 @@ class RemoteMonitor(RankAware, keras.callbacks.RemoteMonitor):
     """Sends each epoch's global logs to a server, from rank 0 alone; Keras's parameters.
 
     A server that cannot be reached, or does not answer in time, is a warning on rank 0, as in
-    Keras. Any other failure, such as logs that JSON cannot hold, is raised on all ranks (one small
-    broadcast an epoch, which waits for the server).
+    Keras; so is a NaN with `send_as_json`, which JSON cannot hold. Any other failure, such as logs
+    that are no numbers, is raised on all ranks (one small broadcast an epoch, which waits for the
+    server).
 
     Args:
         root: As Keras's, like all before `timeout`.
@@ -57,8 +58,6 @@ class RemoteMonitor(RankAware, keras.callbacks.RemoteMonitor):
             requests.post(
                 self.root + self.path, headers=self.headers, timeout=self._timeout, **body
             )
-        except requests.exceptions.InvalidJSONError:
-            raise
         except requests.exceptions.RequestException:
             warnings.warn(f"Could not reach RemoteMonitor root server at {self.root}", stacklevel=2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from orchestrator import callbacks
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import SettingError
+from orchestrator.preemption import Preempted
 from tests.callbacks.models import X, Y, fit, make
 
 
@@ -243,3 +245,29 @@ def test_the_last_batch_of_an_epoch_of_unknown_length(tmp_path):
     expected = run()
     interrupted(run, tmp_path, 4)
     assert run(callbacks.BackupAndRestore(str(tmp_path), 1)) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_training_which_goes_on_from_there(tmp_path, number):
+    def told(batch, logs):
+        if batch == 1:
+            os.kill(os.getpid(), number)
+
+    own = keras.callbacks.LambdaCallback(on_train_batch_end=told)
+    saver = callbacks.BackupAndRestore(str(tmp_path), save_freq=False)
+    with pytest.raises(Preempted, match=number.name) as caught:
+        fit(make(), own, saver, epochs=9)
+    assert caught.value.code == 75
+    end(saver)
+    history = fit(make(), callbacks.BackupAndRestore(str(tmp_path)), epochs=2)
+    assert history.epoch == [0, 1]
+
+
+def test_what_keras_s_own_left_is_left_alone(tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(make(), keras.callbacks.BackupAndRestore(str(tmp_path)), Interrupt(7), epochs=4)
+    before = sorted(os.listdir(tmp_path))
+    assert "latest.weights.h5" in before
+    history = fit(make(), callbacks.BackupAndRestore(str(tmp_path)), epochs=4)
+    assert history.epoch == [0, 1, 2, 3]
+    assert sorted(os.listdir(tmp_path)) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,7 +13,9 @@ from orchestrator import callbacks, weights
 from orchestrator.config import SettingError
 from orchestrator.runtime import Runtime
 from orchestrator.steps import DivergedError
+from tests.callbacks import ranks
 from tests.callbacks.models import fit, make
+from tests.callbacks.test_learning_rate_scheduler import two_optimizers
 from tests.fakes import FakeCommunicator, Recorder
 
 
@@ -117,3 +120,40 @@ def test_one_rank_has_nothing_to_compare():
     guard = callbacks.ConsistencyGuard(1)
     fit(model, guard)
     guard.check()
+
+
+class Flip(keras.callbacks.Callback):
+    """Flips the lowest bit of one variable as an epoch ends."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def on_epoch_end(self, epoch, logs=None):
+        held = [*self.model.weights, *self.model.optimizer.variables]
+        (one,) = [variable for variable in held if variable.path.endswith(self._name)]
+        changed = np.array(one.numpy())
+        changed.reshape(-1).view(np.uint8)[0] ^= 1
+        one.assign(changed)
+
+
+def test_two_optimizers_that_are_alike():
+    def rank(runtime):
+        guard = callbacks.ConsistencyGuard(2)
+        return ranks.fit(runtime, [guard], optimizer=two_optimizers()).epoch
+
+    assert ranks.run(rank) == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["dense/kernel", "dense_bias_momentum", "biases/learning_rate", "all/iteration"]
+)
+def test_a_flipped_bit_beside_two_optimizers(name):
+    """On rank 1, after the four steps of the first epoch."""
+
+    def rank(runtime):
+        own = [Flip(name)] if runtime.rank else []
+        with pytest.raises(DivergedError, match=rf"{name}' on rank\(s\) 1 .* at step 4\."):
+            ranks.fit(runtime, [*own, callbacks.ConsistencyGuard()], optimizer=two_optimizers())
+
+    ranks.run(rank)

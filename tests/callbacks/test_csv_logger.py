@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from orchestrator import callbacks
 from orchestrator.agreement import RankError
 from orchestrator.callbacks import CSVLogger, ReduceLROnPlateau
 from orchestrator.runtime import Runtime
@@ -143,3 +144,21 @@ def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"):
         fit(make(), CSVLogger(str(tmp_path / "file" / "log.csv")))
+
+
+def test_without_validation_rates_have_no_column_of_it(tmp_path):
+    header = {}
+    for module in (keras.callbacks, callbacks):
+        path = tmp_path / module.__name__
+        rate = module.LearningRateScheduler(lambda epoch: 0.5)
+        fit(make(), rate, module.CSVLogger(str(path)), validation_data=None)
+        header[module] = path.read_text().splitlines()[0].split(",")
+    assert [n for n in header[keras.callbacks] if n != "val_learning_rate"] == header[callbacks]
+
+
+def test_an_array_of_several_axes_stays_in_its_line(tmp_path):
+    path = tmp_path / "log.csv"
+    fit(make(), Script([np.arange(60.0).reshape(2, 30)]), callbacks.CSVLogger(str(path)))
+    assert len(path.read_text().splitlines()) == 2
+    (row,) = read(path)
+    assert row["val_loss"] == f'"[{", ".join(f"{n}.0" for n in range(60))}]"'

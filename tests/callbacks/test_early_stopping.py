@@ -12,16 +12,26 @@ from orchestrator import SettingError
 from orchestrator.callbacks import EarlyStopping
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.runtime import Runtime
+from tests.callbacks import ranks
 from tests.callbacks.models import FakeModel, Script, fit, make
 from tests.fakes import FakeCommunicator, Recorder
 
 
-def drive(stopper: EarlyStopping, values, name: str = "val_loss", stop_at: int | None = None):
-    """Runs epochs by hand; returns the model and how many were run."""
+def drive(
+    stopper: EarlyStopping,
+    values,
+    name: str = "val_loss",
+    stop_at: int | None = None,
+    state=None,
+    first: int = 0,
+):
+    """Runs epochs by hand, gone on with from `state`; returns the model and how many were run."""
     model, ran = FakeModel(), 0
     stopper.set_model(model)
     stopper.on_train_begin()
-    for epoch, value in enumerate(values):
+    if state is not None:
+        stopper.set_state(state)
+    for epoch, value in enumerate(values, first):
         ran += 1
         model.epoch = epoch
         stopper.on_epoch_end(epoch, {name: value})
@@ -127,6 +137,53 @@ def test_state_is_reset_by_the_next_fit():
     assert stopper.best is None
     assert (stopper.wait, stopper.stopped_epoch, stopper.best_epoch) == (0, 0, 0)
     assert (stopper.best_weights, stopper.restored_epoch) == (None, None)
+
+
+def saved(values, restore: bool, state=None, first: int = 0):
+    """The state of a run that was interrupted after these epochs."""
+    stopper = EarlyStopping(patience=9, restore_best_weights=restore)
+    drive(stopper, values, state=state, first=first)
+    return stopper.get_state()
+
+
+@pytest.mark.parametrize(
+    ("values", "restored", "best"),
+    [([0.3, 0.2, 0.4], 2, 0.1), ([0.3, 0.05, 0.2, 0.3, 0.3], 3, 0.05), ([], None, 0.1)],
+)
+def test_weights_that_were_not_kept_are_not_restored(values, restored, best):
+    """Saved without `restore_best_weights`: as in Keras, the first ones there are count as best."""
+    stopper = EarlyStopping(patience=3, restore_best_weights=True)
+    model, ran = drive(stopper, values, state=saved([0.5, 0.1], restore=False), first=2)
+    assert (ran, stopper.restored_epoch, stopper.best) == (len(values), restored, best)
+    assert model.epoch == (-1 if restored is None else restored)
+
+
+def test_weights_of_an_earlier_best_are_forgotten_where_none_are_kept():
+    kept = saved([0.5, 0.4], restore=True)
+    without = saved([0.1, 0.2], restore=False, state=kept, first=2)
+    stopper = EarlyStopping(patience=1, restore_best_weights=True)
+    model, _ = drive(stopper, [0.3], state=without, first=4)
+    assert (model.epoch, stopper.restored_epoch) == (4, 4)
+
+
+def test_ranks_restore_alike_where_none_were_kept():
+    """Rank 1's own weights are others: both end with rank 0's."""
+    state = saved([0.5, 0.1], restore=False)
+
+    def rank(runtime):
+        stopper = EarlyStopping(patience=2, restore_best_weights=True)
+        model = FakeModel()
+        keras.callbacks.Callback.set_model(stopper, model)
+        stopper.on_train_begin()
+        stopper.set_state(state)
+        for epoch, value in enumerate([0.3, 0.2], 2):
+            model.epoch = epoch + 100 * runtime.rank
+            stopper.on_epoch_end(epoch, {"val_loss": value})
+        assert model.stop_training
+        stopper.on_train_end()
+        return model.epoch
+
+    assert ranks.run(rank) == [2, 2]
 
 
 def test_restored_epoch_is_there_from_the_start():

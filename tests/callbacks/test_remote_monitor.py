@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 
 from orchestrator.agreement import RankError
 from orchestrator.callbacks import LambdaCallback, RemoteMonitor
 from tests.callbacks import ranks
-from tests.callbacks.models import fit, make
+from tests.callbacks.models import Script, fit, make
 
 
 @pytest.fixture
@@ -83,6 +85,21 @@ def test_a_server_that_does_not_answer_is_a_warning():
         monitor = RemoteMonitor(f"http://127.0.0.1:{silent.server_port}", timeout=0.2)
         with pytest.warns(UserWarning, match="Could not reach"):
             fit(make(), monitor)
+
+
+@pytest.mark.parametrize("kind", [keras.callbacks.RemoteMonitor, RemoteMonitor])
+def test_nan_which_json_cannot_hold_is_a_warning(server, kind):
+    diverged = Script([math.nan, 0.5], "loss")
+    with pytest.warns(UserWarning, match="Could not reach RemoteMonitor root server at http"):
+        fit(make(), diverged, kind(server.root, send_as_json=True), epochs=2)
+    assert [json.loads(body)["loss"] for _, _, body in server.posts] == [0.5]
+
+
+@pytest.mark.parametrize("kind", [keras.callbacks.RemoteMonitor, RemoteMonitor])
+def test_nan_in_a_form_is_sent(server, kind):
+    fit(make(), Script([math.nan], "loss"), kind(server.root))
+    ((_, _, body),) = server.posts
+    assert math.isnan(json.loads(urllib.parse.parse_qs(body)["data"][0])["loss"])
 
 
 def test_two_ranks_send_global_logs_once(server):

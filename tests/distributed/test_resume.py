@@ -80,6 +80,13 @@ def came_to(folder: Path) -> tuple[list[dict[str, float]], list[tuple]]:
     return rows, [(e["kind"], e["epoch"], e["step"]) for e in events if e["kind"] in decisions]
 
 
+def goes_on_at(folder: Path) -> str:
+    """What the next start is to say: where the last one was stopped, of 21 batches an epoch."""
+    stop = json.loads((folder / "run/outcome.json").read_text())
+    epoch, step = stop["epoch"], stop["step"]
+    return f"Continuing at epoch {epoch + 1}, batch {step - 21 * epoch + 1} (step {step}) "
+
+
 def test_ranks_of_any_number_go_on_for_each_other(tmp_path):
     """1 process; and 2 Horovod ranks, then 3 of MPI, then 1, each stopped in mid-epoch."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -87,8 +94,10 @@ def test_ranks_of_any_number_go_on_for_each_other(tmp_path):
     parts.mkdir()
     launch(whole, "none", 1)
     launch(parts, "horovod", 2, signal_at="15:1")
-    assert "Continuing at epoch 1, batch 17" in launch(parts, "mpi", 3, signal_at="30:2")
-    assert "Continuing at epoch 3, batch " in launch(parts, "none", 1)
+    where = goes_on_at(parts)
+    assert where in launch(parts, "mpi", 3, signal_at="30:2")
+    where = goes_on_at(parts)
+    assert where in launch(parts, "none", 1)
     (rows, decisions), (their_rows, their_decisions) = came_to(whole), came_to(parts)
     assert decisions == their_decisions
     assert {kind for kind, _, _ in decisions} >= {"best", "plateau", "end"}
@@ -98,30 +107,34 @@ def test_ranks_of_any_number_go_on_for_each_other(tmp_path):
     events = [json.loads(line) for line in lines]
     stops = [(e["rank"], e["notice"], e["step"]) for e in events if e["kind"] == "preempt"]
     assert [stop[:2] for stop in stops] == [(1, "SIGTERM"), (2, "SIGTERM")]
-    # A notice in step n is seen after the next one at the latest.
-    assert stops[0][2] in (15, 16)
+    # Each is sent in a step, and heard by a thread: in that step, or on a busy machine later.
+    assert stops[0][2] >= 15
+    assert stops[1][2] >= stops[0][2] + 30
     assert [e["ranks_before"] for e in events if e["kind"] == "resume"] == [2, 3]
 
 
 def test_mirrored_replicas_go_on_to_the_same_bytes(tmp_path):
     """Two CPU replicas, told in their second epoch; the digits, which shuffle by themselves."""
     words = ["run.backend=mirrored", "run.replicas=2", "run.deterministic=true", "train.epochs=3"]
+    words += ["model.factory=tests.distributed.holding:model", "checkpoint.every_steps=10"]
+    hold = tmp_path / "hold"
+    hold.mkdir()
 
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "launch/train.py", *words, f"run.dir={tmp_path / name}"]
+    def start(name: str, **env: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [*command, "checkpoint.every_steps=9"],
+            [sys.executable, "launch/train.py", *words, f"run.dir={tmp_path / name}"],
             cwd=ROOT,
-            env=launcher.environment(),
+            env=launcher.environment(**env),
             stdout=subprocess.DEVNULL,
         )
 
     assert start("whole").wait(200) == 0
-    process = start("parts")
-    while not (tmp_path / "parts/checkpoints/step-0000000027/manifest.json").exists():
+    process = start("parts", HOLD=str(hold))
+    while not (hold / "at-0").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
+    (hold / "go").touch()
     assert process.wait(200) == 75
     assert start("parts").wait(200) == 0
     texts = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "parts")]

@@ -66,6 +66,14 @@ class Rank:
         starts = (self.folder / f"started.{RANK}").read_text().count("\n")
         return 75 if starts == 1 else 0
 
+    def early(self) -> int:
+        """Rank 1 ends preempted while it starts; the other waits for it, at first."""
+        if RANK == "1":
+            return self.alone()
+        if (self.folder / "started.0").read_text().count("\n") == 1:
+            time.sleep(600)
+        return 0
+
     def reports(self) -> int:
         print(f"rank {RANK} reads {sys.stdin.read()!r}")
         print(f"rank {RANK} sees {sorted(k for k in os.environ if 'ORCHESTRATOR_LAUNCH' in k)}")

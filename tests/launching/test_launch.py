@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.launching import job
 from tests.distributed import launcher
 
 pytestmark = pytest.mark.distributed
@@ -22,6 +23,8 @@ RANKS = str(Path(__file__).with_name("ranks.py"))
 COMMAND = [sys.executable, "-c", "from orchestrator.cli import main; main()", "launch"]
 BACKENDS = {"horovod": (), "mpi": ("--mpi",)}
 DEADLINE = 60.0
+# What a launcher may take to end once its ranks have, and killed ranks to be reported before.
+ENDS, REPORTS = job._FAILURE_SECONDS + job._END_SECONDS, job._END_SECONDS
 
 
 class Launched:
@@ -102,8 +105,9 @@ def test_a_signal_reaches_all_and_leaves_time(launch, backend, number, seconds):
     begin = time.monotonic()
     launched.process.send_signal(number)
     assert launched.end() == 75, launched.output
+    took = time.monotonic() - begin
     assert launched.left() == []
-    assert seconds <= time.monotonic() - begin < seconds + 3
+    assert seconds <= took < seconds + ENDS
     assert launched.read("saved") == [["whole"], ["whole"]]
     assert launched.read("signals") == [[number.name], [number.name]]
     assert len(launched.said) == 1
@@ -143,8 +147,9 @@ def test_the_grace_ends(launch):
     begin = time.monotonic()
     launched.process.send_signal(signal.SIGTERM)
     assert launched.end() == 137, launched.output
+    took = time.monotonic() - begin
     assert launched.left() == []
-    assert 1 <= time.monotonic() - begin < 5
+    assert 1 <= took < 1 + REPORTS + ENDS
     assert len(launched.said) == 1
     assert "was killed, still running 1 s after SIGTERM (--grace)" in launched.said[0]
 
@@ -158,7 +163,7 @@ def test_a_second_signal_ends_at_once(launch):
     with pytest.raises(subprocess.TimeoutExpired):
         launched.end(0.5)
     launched.process.send_signal(signal.SIGINT)
-    assert launched.end(5) == 137, launched.output
+    assert launched.end(REPORTS + ENDS) == 137, launched.output
     assert launched.left() == []
     assert "was killed, at a second signal, SIGINT" in launched.said[0]
 
@@ -173,8 +178,9 @@ def test_a_signal_before_the_start_starts_nothing(launch):
     assert launched.read("started") == []
 
 
-def test_restarts_what_was_preempted_alone(launch):
-    launched = launch("mpi", "alone", options=["--restart", "2"])
+@pytest.mark.parametrize(("backend", "what"), [("mpi", "alone"), ("horovod", "early")])
+def test_restarts_what_was_preempted_alone(launch, backend, what):
+    launched = launch(backend, what, options=["--restart", "2", "--grace", "1"])
     assert launched.end() == 0, launched.output
     assert launched.left() == []
     assert [len(starts) for starts in launched.read("started")] == [2, 2]

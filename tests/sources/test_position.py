@@ -6,9 +6,12 @@ import keras
 import numpy as np
 import pytest
 
+from orchestrator import NpzFiles, TFRecordFiles
 from orchestrator.communicators.single import SingleCommunicator
 from orchestrator.data import shard
 from orchestrator.sources.position import Position
+from tests.distributed import threads
+from tests.sources import parts, test_npz, test_tfrecord
 
 
 def test_what_is_left_out_goes_over_from_pass_to_pass():
@@ -80,3 +83,38 @@ def test_a_pydataset_is_asked_for_what_is_left_alone(shuffle, skip):
     assert fourth == whole[3]
     assert len(data.asked) == 10 - skip
     assert data.calls == ["begin", "end"] * 4
+
+
+def framed(batch):
+    """A TFRecord's bytes, and those of its length and checksums."""
+    return sum(len(record) + 16 for record in batch)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("skip", [0, 5, 8])
+@pytest.mark.parametrize(
+    ("make", "size_of"),
+    [
+        (lambda folder: TFRecordFiles(test_tfrecord.put(folder, [16] * 4, 5000)), framed),
+        (lambda folder: NpzFiles(test_npz.put(folder)), lambda batch: 4008 * len(batch["y"])),
+    ],
+    ids=["TFRecord", "npz"],
+)
+def test_files_go_on_and_nothing_before_is_read(tmp_path, make, size_of, skip, shuffle):
+    """Two ranks, in the second of two passes: of 8 batches some are left out."""
+    files, options = make(tmp_path), {"batch_size": 8, "shuffle": shuffle, "seed": 3}
+    whole = parts.datasets(files, 2, **options)
+    _, second = [parts.put_together([parts.batches(one) for one in whole]) for _ in "12"]
+
+    def gone_on(communicator):
+        position = Position()
+        position.passes, position.skip = 1, skip
+        return shard(files, communicator, position=position, **options)
+
+    datasets = threads.run(2, gone_on)
+    parts.CountedFileSystem.bytes_read()
+    ranks = [parts.batches(dataset) for dataset in datasets]
+    left = parts.put_together(ranks)
+    parts.alike(left[skip:], second[skip:])
+    assert [size_of(batch) for batch in left[:skip]] == [0] * skip
+    assert parts.CountedFileSystem.bytes_read() == sum(map(size_of, second[skip:]))
