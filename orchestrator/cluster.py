@@ -23,6 +23,10 @@ class Cluster:
         context: Of the kubeconfig; by default the current one.
         namespace: By default the context's.
 
+    Attributes:
+        namespace: Where everything is that does not say so itself.
+        failures: What a request raises that was refused, got no answer, or only a part of one.
+
     Raises:
         SettingError: The client is not installed, or no cluster is configured.
     """
@@ -30,13 +34,17 @@ class Cluster:
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
         try:
             from kubernetes import client, config
+            from urllib3.exceptions import HTTPError
         except ImportError:
             raise SettingError(
                 "the Kubernetes client is not installed: pip install 'keras-orchestrator[k8s]'"
             ) from None
         self._failure = client.ApiException
+        self.failures: tuple[type[Exception], ...] = (client.ApiException, HTTPError)
+        ways = client.Configuration()
+        ways.keep_alive = True  # a stream whose other side vanished ends
         try:
-            self._api = config.new_client_from_config(context=context)
+            self._api = config.new_client_from_config(context=context, client_configuration=ways)
             contexts: Any = config.list_kube_config_contexts()
         except config.ConfigException as error:
             raise SettingError(
@@ -144,7 +152,8 @@ class Cluster:
     def wait(self, job: Tree, seconds: float) -> None:
         """Returns once a job is no longer as it was when it was read, and after that time anyway.
 
-        A watch on the one object (https://kubernetes.io/docs/reference/using-api/api-concepts/).
+        Also where it cannot be watched, since whoever waits looks at the job itself then. A watch
+        on the one object (https://kubernetes.io/docs/reference/using-api/api-concepts/).
         """
         name, version = job["metadata"]["name"], job["metadata"].get("resourceVersion", "")
         try:
@@ -156,13 +165,12 @@ class Cluster:
                 resourceVersion=version,
                 timeoutSeconds=max(1, round(seconds)),
             )
-        except self._failure as error:
-            if error.status not in (404, 410):  # gone, or too much has happened since
-                raise
-            time.sleep(min(seconds, 1.0))
-            return
-        with contextlib.closing(answer.response) as response:
-            next(response.stream(), None)
+            with contextlib.closing(answer.response) as response:
+                next(response.stream(), None)
+        except self.failures as error:
+            # Gone, or too much has happened since: there is something to see.
+            soon = getattr(error, "status", None) in (404, 410)
+            time.sleep(min(seconds, 1.0) if soon else seconds)
 
     def log(self, pod: Tree, *, follow: bool) -> Iterator[str]:
         """The lines of a pod's log, as they come."""
@@ -175,3 +183,9 @@ class Cluster:
                 yield line.decode(errors="replace")
         if rest:
             yield rest.decode(errors="replace")
+
+
+def in_words(failure: Any) -> str:
+    """A failure of a request on one line: its status, or what became of the connection."""
+    said = failure.args[0] if failure.args else f"{failure.status} {failure.reason}"
+    return " ".join(str(said).split())

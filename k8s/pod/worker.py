@@ -1,9 +1,10 @@
 """PID 1 of a worker pod: sshd for the launcher, and the pod's end told to the ranks.
 
 Kubernetes signals PID 1 alone, and sshd would end without a word to the ranks below it. Here
-SIGTERM goes on to what each ssh session runs: to the first process in it that is no shell, which
-under `orchestrator launch` stands in for a rank and passes it on, and under `horovodrun` is the
-rank. A rank that is told has all ranks stop with a checkpoint. The pod stays until they have.
+SIGTERM goes on to what each ssh session runs: to the first processes in it that are neither shells
+nor mpiexec's proxy. Under `orchestrator launch` each stands in for a rank and passes it on, under
+`horovodrun` and `mpiexec` it is the rank. A rank that is told has all ranks stop with a checkpoint.
+The pod stays until they have.
 
 Only the standard library, and no privileges: it runs before and beside everything else.
 
@@ -28,7 +29,9 @@ from types import FrameType
 from typing import NamedTuple
 
 MARK = "ORCHESTRATOR_SESSION_OF"  # in the environment of all that a session starts
-SHELLS = ("sh", "bash", "dash", "ash")
+# They start a session's ranks and pass no signal on; MPICH's proxy ignores it. As the kernel names
+# processes, by 15 characters at most.
+STARTERS = ("sh", "bash", "dash", "ash", "hydra_pmi_proxy")
 SESSION = Path(__file__).with_name("session.py")
 ENDED_BY_SIGTERM = 128 + signal.SIGTERM
 _TICK = 0.1
@@ -60,15 +63,15 @@ def sessions(worker: int) -> dict[int, Process]:
 
 
 def to_tell(processes: dict[int, Process]) -> Iterator[int]:
-    """Those that get the signal: the first in each session that is no shell.
+    """Those that get the signal: the first in each session that do not only start others.
 
     A shell would die of it, and what it waits for would go on unseen.
     """
     for one in processes.values():
         above = processes.get(one.parent)
-        while above is not None and above.name in SHELLS:
+        while above is not None and above.name in STARTERS:
             above = processes.get(above.parent)
-        if one.name not in SHELLS and above is None:
+        if one.name not in STARTERS and above is None:
             yield one.pid
 
 

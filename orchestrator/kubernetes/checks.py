@@ -11,7 +11,11 @@ from orchestrator.config import SettingError, Settings
 from orchestrator.kubernetes.settings import Kubernetes
 
 TARGETS = ("mpijob", "job", "trainjob")
-_MOUNTED = ("/tmp", "/dev/shm", "/etc/orchestrator")
+# What the image holds, the pods mount, and an operator or a cloud's identity mounts in them.
+_TAKEN = (
+    *("/app", "/opt/orchestrator", "/opt/venv", "/home/orchestrator", "/tmp", "/etc"),
+    *("/bin", "/lib", "/lib64", "/sbin", "/usr", "/dev", "/proc", "/sys", "/run", "/var/run"),
+)
 _LONGEST_GRACE = 86_400
 _UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _SECRET_NAME = re.compile(
@@ -40,7 +44,7 @@ def check(settings: Settings, target: str) -> None:
         raise SettingError(f"target={target!r} is not allowed: one of {', '.join(TARGETS)}.")
     k = settings.kubernetes
     problems = [
-        *_shape(k),
+        *_shape(k, target),
         *_times(settings),
         *_backend(settings, target),
         *_storage(settings),
@@ -70,7 +74,7 @@ def secret_value(value: str) -> bool:
     return bool(_SECRET_VALUE.search(value))
 
 
-def _shape(k: Kubernetes) -> Iterator[str]:
+def _shape(k: Kubernetes, target: str) -> Iterator[str]:
     if k.image is None:
         yield (
             "kubernetes.image is not set, and it has no default. Build one from k8s/Dockerfile, "
@@ -88,6 +92,11 @@ def _shape(k: Kubernetes) -> Iterator[str]:
         )
     if k.queue_priority and not k.queue:
         yield "kubernetes.queue_priority is set without kubernetes.queue: set the LocalQueue too."
+    if k.keep_hours is not None and target == "trainjob":
+        yield (
+            f"kubernetes.keep_hours={k.keep_hours:g} is not allowed with target trainjob: a "
+            "TrainJob stays until it is deleted. Leave keep_hours out, or use mpijob or job."
+        )
 
 
 def _times(settings: Settings) -> Iterator[str]:
@@ -122,10 +131,11 @@ def _backend(settings: Settings, target: str) -> Iterator[str]:
 def _storage(settings: Settings) -> Iterator[str]:
     """A container's root is read-only, and a node's disk is lost with it."""
     k = settings.kubernetes
-    if k.volume_path in _MOUNTED:
+    taken = [one for one in _TAKEN if _within(one, k.volume_path) or _within(k.volume_path, one)]
+    if taken:
         yield (
-            f"kubernetes.volume_path={k.volume_path} is taken: {', '.join(_MOUNTED)} are mounted "
-            "already. Choose another, such as /data."
+            f"kubernetes.volume_path={k.volume_path} is not allowed: {' and '.join(taken)} in the "
+            "container would be covered, or cover it. Choose another, such as /data."
         )
     roots = ["/tmp", *([k.volume_path] if k.volume_claim else [])]
     for key, url in (("run.dir", settings.run.dir), ("checkpoint.url", settings.checkpoint.url)):
@@ -137,6 +147,10 @@ def _storage(settings: Settings) -> Iterator[str]:
                 "URL such as s3://BUCKET/RUN, a folder in kubernetes.volume_path with "
                 "kubernetes.volume_claim set, or, to lose it with the pod, one in /tmp."
             )
+
+
+def _within(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder}/")
 
 
 def _secrets(settings: Settings) -> Iterator[str]:

@@ -82,8 +82,8 @@ def pod(settings: Settings, component: str, container: Tree, *, ranks: bool) -> 
         settings: All settings of the run.
         component: The pod's role, for its label.
         container: What is particular to its container: name, command, ports, probes.
-        ranks: Whether ranks run in it, which takes the node's resources and the run's
-            environment, or it only starts them elsewhere.
+        ranks: Whether ranks run in it, which takes the node's resources, the settings and
+            credentials, or it only starts them elsewhere.
     """
     k = settings.kubernetes
     digest = hashlib.sha256(settings_text(settings).encode()).hexdigest()
@@ -121,15 +121,14 @@ def pod(settings: Settings, component: str, container: Tree, *, ranks: bool) -> 
 
 def _container(k: Kubernetes, particular: Tree, *, ranks: bool) -> Tree:
     name, *command = particular["name"], *particular["command"]
+    # A launcher's too: it hands ranks its own variables, over those of the pod they run in.
+    env = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", **k.env}
     container: Tree = {
         "name": name,
         "image": k.image,
         "command": [literal(word) for word in command],
         **{key: value for key, value in particular.items() if key not in ("name", "command")},
-        "env": [
-            {"name": "HOME", "value": "/tmp"},
-            {"name": "PYTHONUNBUFFERED", "value": "1"},
-        ],
+        "env": [{"name": n, "value": literal(v)} for n, v in env.items()],
         "resources": _resources(k) if ranks else LAUNCHER_RESOURCES,
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -139,8 +138,6 @@ def _container(k: Kubernetes, particular: Tree, *, ranks: bool) -> Tree:
         "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
     }
     if ranks:
-        own = {**{item["name"]: item["value"] for item in container["env"]}, **k.env}
-        container["env"] = [{"name": n, "value": literal(v)} for n, v in own.items()]
         if k.credentials_secret:
             container["envFrom"] = [{"secretRef": {"name": k.credentials_secret}}]
         container["volumeMounts"] += [
@@ -158,8 +155,8 @@ LAUNCHER_RESOURCES: Tree = {
 
 
 def literal(text: str) -> str:
-    """A text that Kubernetes leaves as it is: `$(NAME)` would become a variable's value."""
-    return text.replace("$(", "$$(")
+    """What Kubernetes makes this text of: `$(NAME)` becomes a variable's value, and `$$` a `$`."""
+    return text.replace("$", "$$")
 
 
 def _resources(k: Kubernetes) -> Tree:

@@ -33,16 +33,16 @@ class Kubernetes(BaseModel, extra="forbid", frozen=True):
         gpus_per_node: GPUs of each; 0 by default.
         gpu_resource: What the cluster calls a GPU.
         cpu: Cores of each, such as `4` or `500m`; a request, not a limit.
-        memory: Memory of each, such as `8Gi`, with `shm` and `scratch` in memory inside it.
+        memory: Memory of each, such as `8Gi`, with `shm` inside it.
         shm: /dev/shm, part of `memory`.
-        scratch: /tmp and /scratch on the node's disk, gone with the pod.
+        scratch: /tmp, on the node's disk, gone with the pod.
         command: Of a rank, instead of `python launch/train.py` with these settings.
-        env: Environment variables; none that hold a secret.
+        env: Environment variables of the ranks, and of a launcher; none that hold a secret.
         credentials_secret: A Secret whose keys become environment variables.
         service_account: The account that storage knows, for workload identity.
         service_account_annotations: Set where the account is to be made, too.
         volume_claim: A PersistentVolumeClaim that all nodes mount.
-        volume_path: Where; `/data` by default.
+        volume_path: Where, `/data` by default; not where the image or the pods have something.
         node_selector: Labels that a node must have.
         tolerations: Taints to put up with, as `key[=value]:Effect`.
         priority_class: The PriorityClass of the pods.
@@ -50,9 +50,9 @@ class Kubernetes(BaseModel, extra="forbid", frozen=True):
         queue_priority: Kueue's WorkloadPriorityClass.
         network_interface: Of the pods, between which the ranks connect: by default `eth0` under an
             operator, and that of the default route in a `job`.
-        max_restarts: Starts again after as many failures and, for `mpijob`, preemptions.
+        max_restarts: Starts again after as many failures and, unless it is a `job`, preemptions.
         max_hours: The job is stopped after them; by default never.
-        keep_hours: A finished job is removed after them; by default never.
+        keep_hours: A finished job is removed after them; by default never, as a `trainjob` always.
         drainable: Whether a node with a pod of this may be drained; true by default.
         network_policy: Whether only the job's own pods may connect to it; true by default.
     """

@@ -126,19 +126,22 @@ def _job_set(settings: Settings) -> Tree:
     launcher, worker = _launcher(settings, "node"), _worker(settings, "node")
     launcher["spec"]["restartPolicy"] = "Never"
     worker["spec"]["restartPolicy"] = "OnFailure"
+    k = settings.kubernetes
     launcher_job = {
-        "backoffLimit": settings.kubernetes.max_restarts,
+        "backoffLimit": k.max_restarts,
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": _failure_policy("node"),
         "template": launcher,
     }
+    # Each lost worker counts, a preempted one too.
+    worker_job = {"backoffLimit": k.max_restarts * k.nodes, "template": worker}
     ancestor = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
     return {
         "network": {"publishNotReadyAddresses": True},
         "successPolicy": {"operator": "All", "targetReplicatedJobs": ["launcher"]},
         "replicatedJobs": [
             {"name": "launcher", "template": {"metadata": ancestor, "spec": launcher_job}},
-            {"name": "node", "template": {"spec": {"template": worker}}},
+            {"name": "node", "template": {"spec": worker_job}},
         ],
     }
 

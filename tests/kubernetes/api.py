@@ -1,9 +1,10 @@
-"""An API server's stand-in: it keeps objects, records requests, and plays a job's attempts."""
+"""An API server's stand-in: keeps objects, records requests, plays a job's attempts, and fails."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import re
 import threading
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 JOBS = ("jobs", "mpijobs", "trainjobs")
+CUT = 0  # in the place of a status: the stream, or the connection, breaks off
 
 
 class Attempt(NamedTuple):
@@ -22,15 +24,20 @@ class Attempt(NamedTuple):
 
     Attributes:
         codes: Of rank 0's pods; with each but the last another pod starts.
-        reason: The last pod's, such as Evicted.
+        reasons: Of these pods from the first, such as Evicted; none by default.
     """
 
     codes: tuple[int, ...]
-    reason: str = ""
+    reasons: tuple[str, ...] = ()
 
 
 class Server(ThreadingHTTPServer):
-    """Args: attempts: For each time that the job is made."""
+    """Args: attempts: For each time that the job is made.
+
+    Attributes:
+        faults: Statuses, or `CUT`, that the next requests of a kind get: `log`, `watch`, `pods`, or
+            a method.
+    """
 
     daemon_threads = True
 
@@ -42,7 +49,8 @@ class Server(ThreadingHTTPServer):
         self.objects: dict[str, Any] = {}
         self.pods: list[dict[str, Any]] = []
         self.watched = threading.Event()  # set to end streams
-        self.playing: tuple[str, list[int], str] | None = None
+        self.playing: tuple[str, list[tuple[int, str]]] | None = None
+        self.faults: dict[str, list[int]] = {}
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def start_pod(self) -> None:
@@ -61,11 +69,15 @@ class Server(ThreadingHTTPServer):
         )
 
     def change(self, path: str) -> bool:
-        """What a cluster does meanwhile: the newest pod starts to run, of a job that is made."""
-        if not self.pods or self.pods[-1]["status"]["phase"] != "Pending":
+        """What a cluster does meanwhile: the newest pod starts to run, or has no log and ends."""
+        phase = self.pods[-1]["status"]["phase"] if self.pods else ""
+        if phase == "Running":
+            self.end_pod()
+        elif phase == "Pending":
+            running = [{"state": {"running": {}}}]
+            self.pods[-1]["status"] = {"phase": "Running", "containerStatuses": running}
+        else:
             return False
-        running = [{"state": {"running": {}}}]
-        self.pods[-1]["status"] = {"phase": "Running", "containerStatuses": running}
         metadata = self.objects[path]["metadata"]
         metadata["resourceVersion"] = str(int(metadata["resourceVersion"]) + 1)
         return True
@@ -73,16 +85,15 @@ class Server(ThreadingHTTPServer):
     def end_pod(self) -> None:
         """The pod that runs ends with the next code; the last of them ends the job."""
         assert self.playing is not None
-        path, codes, reason = self.playing
-        code = codes.pop(0)
+        path, ends = self.playing
+        code, reason = ends.pop(0)
         status = self.pods[-1]["status"]
         status["phase"] = "Failed" if code else "Succeeded"
         status["containerStatuses"] = [{"state": {"terminated": {"exitCode": code}}}]
-        if codes:
+        status |= {"reason": reason} if reason else {}
+        if ends:
             self.start_pod()
             return
-        if reason:
-            status["reason"] = reason
         good = "Complete" if path.split("/")[-2] == "jobs" else "Succeeded"
         condition = {"type": "Failed" if code else good, "status": "True", "reason": "Played"}
         self.objects[path]["status"] = {"conditions": [condition]}
@@ -100,11 +111,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(copy.deepcopy(body))
         assert self.headers["Authorization"] == "Bearer token-of-the-test"
         found = self.server.objects.get(url.path)
-        if log := re.fullmatch(r".*/pods/(train-\d+)/log", url.path):
+        log = re.fullmatch(r".*/pods/(train-\d+)/log", url.path)
+        kind = "log" if log else "watch" if "watch=true" in url.query else self.command.lower()
+        kind = "pods" if url.path.endswith("/pods") else kind
+        faults = self.server.faults.get(kind)
+        fault = faults.pop(0) if faults else None
+        self._cut = fault == CUT
+        if fault:
+            self._answer(fault, {"kind": "Status", "reason": "Played"})
+        elif self._cut and kind not in ("log", "watch"):
+            self.close_connection = True
+        elif log:
             self._log(log[1], follow="follow=true" in url.query)
-        elif "watch=true" in url.query:
+        elif kind == "watch":
             self._watch(url.path, urllib.parse.parse_qs(url.query))
-        elif url.path.endswith("/pods"):
+        elif kind == "pods":
             self._answer(200, {"items": self.server.pods})
         elif self.command == "PATCH":
             assert self.headers["Content-Type"] == "application/apply-patch+yaml"
@@ -131,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.objects[path] = body
         if path.split("/")[-2] in JOBS and self.server.attempts:
             attempt = self.server.attempts.pop(0)
-            self.server.playing = (path, list(attempt.codes), attempt.reason)
+            reasons = itertools.chain(attempt.reasons, itertools.repeat(""))
+            self.server.playing = (path, list(zip(attempt.codes, reasons, strict=False)))
             self.server.start_pod()
         self._answer(201, body)
 
@@ -143,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(410, {"kind": "Status", "reason": "Expired"})
             return
         with self._stream() as send:
-            if self.server.change(f"{path}/{name}"):
+            if not self._cut and self.server.change(f"{path}/{name}"):
                 send(json.dumps({"type": "MODIFIED", "object": found}))
                 self.server.watched.wait(float(asked["timeoutSeconds"][0]))
 
@@ -151,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self._stream() as send:
             send(f"{pod}: epoch 1")
             send(f"{pod}: épilogue")
-            if follow:
+            if follow and not self._cut and self.server.pods[-1]["status"]["phase"] == "Running":
                 self.server.end_pod()
 
     @contextlib.contextmanager
@@ -167,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         with contextlib.suppress(ConnectionError):
             yield send
-            self.wfile.write(b"0\r\n\r\n")
+            self.wfile.write(b"" if self._cut else b"0\r\n\r\n")
         self.close_connection = True
 
     def _answer(self, status: int, body: Any) -> None:

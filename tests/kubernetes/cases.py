@@ -15,6 +15,7 @@ from orchestrator.kubernetes.render import render
 from orchestrator.kubernetes.validate import check
 
 ROOT = Path(__file__).parents[2]
+TARGETS = ("mpijob", "job", "trainjob")
 IMAGE = "registry.example/orchestrator@sha256:" + 64 * "0"
 GOOD: dict[str, Any] = {
     "run": {"dir": "s3://bucket/run"},
@@ -60,6 +61,20 @@ def pod_of(manifest: dict[str, Any], role: str = "Worker") -> dict[str, Any]:
     return manifest["spec"]["template"]
 
 
+def all_pods(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pod templates of manifests by kind."""
+    found = []
+    for one in manifests.values():
+        if one["kind"] == "MPIJob":
+            found += [replica["template"] for replica in one["spec"]["mpiReplicaSpecs"].values()]
+        elif one["kind"] == "Job":
+            found.append(one["spec"]["template"])
+        elif one["kind"] == "TrainingRuntime":
+            jobs = one["spec"]["template"]["spec"]["replicatedJobs"]
+            found += [job["template"]["spec"]["template"] for job in jobs]
+    return found
+
+
 # -- any settings ------------------------------------------------------------------------------
 
 _DNS = st.from_regex(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True)
@@ -75,7 +90,7 @@ _TAINT = st.builds(
     st.sampled_from(["NoSchedule", "PreferNoSchedule", "NoExecute"]),
 )
 KUBERNETES = st.fixed_dictionaries(
-    {"image": st.just(IMAGE), "target": st.sampled_from(["mpijob", "job", "trainjob"])},
+    {"image": st.just(IMAGE), "target": st.sampled_from(TARGETS)},
     optional={
         "name": _DNS,
         "namespace": _DNS,

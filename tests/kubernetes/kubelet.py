@@ -179,17 +179,18 @@ class Kubelet:
         yield "echo ready"
         yield "read -r go"
         yield "exec >&2 < /dev/null"
-        words = [*container["command"], *container.get("args", [])]
-        words = [word.replace("$$(", "$(") for word in words]
-        env = [f"{name}={value}" for name, value in self._environment(pod, container).items()]
-        yield join(["exec", *_as_user(pod, container), "env", "-i", *env, *words])
+        env = self._environment(container)
+        words = [expanded(w, env) for w in (*container["command"], *container.get("args", []))]
+        env = {**self._image.env, "HOSTNAME": pod["hostname"], **env}
+        given = [f"{name}={value}" for name, value in env.items()]
+        yield join(["exec", *_as_user(pod, container), "env", "-i", *given, *words])
 
-    def _environment(self, pod: Tree, container: Tree) -> dict[str, str]:
-        env = {**self._image.env, "HOSTNAME": pod["hostname"]}
+    def _environment(self, container: Tree) -> dict[str, str]:
+        secrets: dict[str, str] = {}
         for source in container.get("envFrom", []):
             data = self._volumes["secret", source["secretRef"]["name"]]
-            env |= {name: value.decode() for name, value in data.items()}
-        return env | {one["name"]: one["value"].replace("$$(", "$(") for one in container["env"]}
+            secrets |= {name: value.decode() for name, value in data.items()}
+        return environment(container["env"], secrets)
 
     def _mounted(self, folder: Path, volume: Tree, at: str, pod: Tree) -> str:
         """How a volume is mounted; its files are made here."""
@@ -221,6 +222,27 @@ class Kubelet:
             os.chown(one, 0, group)
             one.chmod(0o2775)
         return _bound(str(made), at, read_only=True)
+
+
+def environment(given: list[Tree], secrets: dict[str, str]) -> dict[str, str]:
+    """A container's variables; a value may name those before it (makeEnvironmentVariables)."""
+    env = dict(secrets)
+    for one in given:
+        env[one["name"]] = expanded(one["value"], env)
+    return env
+
+
+def expanded(text: str, env: dict[str, str]) -> str:
+    """A value or a word as the container gets it.
+
+    After Kubernetes' third_party/forked/golang/expansion: `$$` is `$`, `$(NAME)` a variable's value
+    or, of one that is not there, itself; any other `$` stays.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        return "$" if found[0] == "$$" else env.get(found[1], found[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", value, text)
 
 
 def _bound(source: str, at: str, *, read_only: bool = False) -> str:

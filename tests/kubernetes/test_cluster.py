@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import yaml
+from kubernetes.client import ApiException
+from urllib3.exceptions import ProtocolError
 
 from orchestrator import jobs
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import Cluster, in_words
 from orchestrator.config import SettingError
 from orchestrator.kubernetes.render import render
 
@@ -33,10 +36,10 @@ def connect(tmp_path, monkeypatch):
     return connected
 
 
-def submit(connect, server, target="mpijob", **options):
+def submit(connect, server, target="mpijob", every=60.0, **options):
     said: list[str] = []
     manifests = render(cases.settings(), target)
-    code = jobs.submit(connect(server), manifests, said.append, every=60, **options)
+    code = jobs.submit(connect(server), manifests, said.append, every=every, **options)
     return code, said
 
 
@@ -97,7 +100,7 @@ def test_pods_that_the_cluster_itself_makes_anew_are_followed(connect):
     ]
 
 
-@pytest.mark.parametrize("attempt", [Attempt((75,)), Attempt((137,), reason="Evicted")])
+@pytest.mark.parametrize("attempt", [Attempt((75,)), Attempt((137,), ("Evicted",))])
 def test_a_job_that_is_taken_away_is_made_anew(connect, attempt):
     with api.serving(attempt, Attempt((0,))) as server:
         code, said = submit(connect, server, resubmit=3)
@@ -123,6 +126,78 @@ def test_a_failure_is_not_repeated(connect):
     assert not [line for line in changes(server) if "DELETE" in line]
 
 
+@pytest.mark.parametrize("last", [1, 2, 137])
+def test_a_failure_after_an_eviction_is_one(connect, last):
+    """The evicted pod of an earlier attempt is still there, and says nothing of the last."""
+    with api.serving(Attempt((137, last), ("Evicted",)), Attempt((0,))) as server:
+        code, said = submit(connect, server, resubmit=5)
+    assert code == last
+    assert said[-1] == f"k8s: MPIJob train failed, exit code {last}"
+    assert not [line for line in changes(server) if "DELETE" in line]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        *[("log", fault) for fault in (api.CUT, 400, 404, 500)],
+        *[("watch", fault) for fault in (api.CUT, 403, 410, 500)],
+        *[("get", fault) for fault in (api.CUT, 429, 500)],
+        *[("pods", 503), ("delete", 500), ("patch", 500)],
+    ],
+)
+def test_a_fault_of_the_server_does_not_end_following(connect, kind, fault):
+    with api.serving(Attempt((75,)), Attempt((0,))) as server:
+        client = connect(server)
+        manifests, said = render(cases.settings(), "mpijob"), []
+
+        def say(line):
+            said.append(line)
+            # From now on, and so not of what is refused at first.
+            if line == "k8s: MPIJob train submitted":
+                server.faults[kind] = [fault]
+
+        assert jobs.submit(client, manifests, say, resubmit=1, every=0.05) == 0
+    assert server.faults == {kind: []}
+    assert said[-1] == "k8s: MPIJob train succeeded, exit code 0"
+    assert "train-1: épilogue" in said
+
+
+def test_a_log_that_breaks_off_is_said_and_not_taken_up_again(connect):
+    with api.serving(Attempt((0,))) as server:
+        server.faults["log"] = [api.CUT]
+        code, said = submit(connect, server, every=0.05)
+        logs = [line for line in server.requests if "/log" in line]
+    assert code == 0
+    assert said[1:3] == ["train-0: epoch 1", "train-0: épilogue"]
+    assert said[3].startswith("k8s: no more of the log of train-0: Response ended prem")
+    assert len(logs) == 1
+
+
+def test_a_log_that_is_not_there_yet_is_asked_for_again(connect):
+    with api.serving(Attempt((0,))) as server:
+        server.faults["log"] = [400]
+        code, said = submit(connect, server, every=0.05)
+    assert code == 0
+    assert said[1] == "k8s: no log of train-0: 400 Bad Request"
+    assert said[2:4] == ["train-0: epoch 1", "train-0: épilogue"]
+
+
+def test_a_request_that_is_refused_ends_following(connect):
+    with api.serving(Attempt((0,))) as server:
+        server.faults["get"] = [401]
+        with pytest.raises(ApiException, match="401"):
+            submit(connect, server)
+
+
+def test_a_server_that_stays_away_ends_following(connect, monkeypatch):
+    monkeypatch.setattr(jobs, "_PATIENCE", 0.2)
+    with api.serving(Attempt((0,))) as server:
+        server.faults["get"] = 100 * [500]
+        with pytest.raises(ApiException, match="500"):
+            submit(connect, server, every=0.05)
+    assert 2 < len(server.requests) < 50
+
+
 def test_a_job_that_is_there_is_left_alone(connect):
     with api.serving(Attempt((0,))) as server:
         server.objects[f"{MPIJOBS}/train"] = {}
@@ -136,6 +211,24 @@ def test_no_cluster(monkeypatch, tmp_path):
     )
     with pytest.raises(SettingError, match="no cluster is configured"):
         Cluster()
+
+
+def test_a_stream_whose_other_side_vanished_ends(connect):
+    with api.serving() as server:
+        pool = connect(server)._api.rest_client.pool_manager
+    assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1) in pool.connection_pool_kw["socket_options"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (ApiException(status=410, reason="Gone"), "410 Gone"),
+        (ApiException(status=0, reason="SSLError\nEOF"), "0 SSLError EOF"),
+        (ProtocolError("Connection broken", ConnectionResetError(104)), "Connection broken"),
+    ],
+)
+def test_failures_in_words(failure, words):
+    assert in_words(failure) == words
 
 
 def test_as_from_a_shell(tmp_path):

@@ -47,6 +47,8 @@ ENV = {
     **{"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "2", "OMP_NUM_THREADS": "1"},
     **{"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"},
     "PYTHONPATH": PROJECT,  # where the tests are found
+    # What the launcher has of its own, and what Kubernetes and shells would read.
+    **{"HOME": "/tmp/me", "DOLLARS": "echo $$ $(HOME) '$HOME'"},
 }
 
 
@@ -131,6 +133,18 @@ class Cluster:
         namespaces.wait(lambda: 25 in self.committed(), "the last checkpoint", 30)
         return launcher
 
+    def start_again(self):
+        """The Job's next launcher and, later, the operator's next worker; where they resume."""
+        launcher = self.start_launcher()
+        namespaces.wait(
+            lambda: "waiting up to" in launcher.text(), "its waiting", 60, launcher.process
+        )
+        self.start_worker(self.operator.workers[1])
+        assert launcher.process.wait(300) == 0
+        found = re.search(r"Continuing at epoch \d+, batch \d+ \(step (\d+)\)", launcher.text())
+        assert found, launcher.text()
+        return int(found[1])
+
     def go_on(self):
         """Lets the ranks that hold still go on."""
         with self.bucket() as (s3, prefix):
@@ -190,13 +204,19 @@ def cluster(started, name):
 
 
 def assert_confined(job):
-    """Each process of the pods runs as their manifest says; two ranks run on each worker."""
+    """Each process of the pods runs as their manifest says; two ranks run on each worker.
+
+    A rank has the variables that the settings give it.
+    """
     ranks = []
     for pod in job.pods:
         processes = job.net.processes(pod.name) | {pod.first: "1"}
         command = "python launch/train.py --config /etc/orchestrator/settings.yaml"
         ranks.append(sum(line == command for line in processes.values()))
-        for pid in processes:
+        for pid, line in processes.items():
+            if line == command:
+                env = Path(f"/proc/{pid}/environ").read_text().split("\0")
+                assert {f"{name}={value}" for name, value in ENV.items()} <= set(env)
             status = dict(
                 line.split(":\t", 1)
                 for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -244,26 +264,21 @@ def test_a_job_that_lost_a_worker_goes_on_to_the_same_result(started, whole):
         assert launcher.process.wait(60) not in (0, 75)
         print(f"the launcher ended {time.monotonic() - killed:.1f} s after a worker was killed")
         before = job.committed()
-        # The Job controller makes another launcher, the operator another worker, later.
-        launcher = job.start_launcher()
-        namespaces.wait(
-            lambda: "waiting up to" in launcher.text(), "its waiting", 60, launcher.process
-        )
-        job.start_worker(job.operator.workers[1])
-        assert launcher.process.wait(300) == 0
-        found = re.search(r"Continuing at epoch \d+, batch \d+ \(step (\d+)\)", launcher.text())
-        assert found, launcher.text()
-        assert int(found[1]) == before[-1] == 25
+        assert job.start_again() == before[-1] == 25
         assert job.came_to() == whole
 
 
-def test_a_job_whose_worker_is_preempted_commits_first(started):
+def test_a_job_whose_worker_is_preempted_commits_first_and_goes_on_from_there(started, whole):
     with cluster(started, "preempted") as job:
         launcher = job.start_and_hold()
-        job.pods[1].signal(signal.SIGTERM)
+        worker = job.pods[1]
+        worker.signal(signal.SIGTERM)
+        namespaces.wait(lambda: "told 2 processes" in worker.text(), "its ranks told")
         job.go_on()
         assert launcher.process.wait(60) == 75
-        assert job.pods[1].process.wait(30) == 143
+        assert worker.process.wait(30) == 143
         (outcome,) = map(json.loads, job.read("outcome.json").values())
         assert outcome["exit_code"] == 75
         assert job.committed()[-1] == outcome["step"]
+        assert job.start_again() == outcome["step"]
+        assert job.came_to() == whole

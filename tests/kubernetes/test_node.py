@@ -64,8 +64,8 @@ def node(index, port, *command, nodes=2, ranks=1, **options):
     )
 
 
-def end(process):
-    said, _ = process.communicate(timeout=pods.DEADLINE)
+def end(process, seconds=pods.DEADLINE):
+    said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
 
 
@@ -161,8 +161,8 @@ def test_horovod_meets_there(port):
         node(1, port, *command, timeout=60) as second,
     ):
         for process in (first, second):
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said
+            code, said = end(process, pods.TENSORFLOW)
+            assert code == 0, said
             assert "size 2 local 1 total 3" in said
 
 
@@ -186,19 +186,21 @@ def test_a_preempted_node_leaves_a_checkpoint_that_the_next_start_goes_on_from(t
     with contextlib.ExitStack() as stack:
         first, second = nodes(stack, 5000)
         history = tmp_path / "run" / "history.csv"
-        pods.wait(
-            second, lambda: history.exists() and history.read_text().count("\n") > 2, "epochs"
-        )
+
+        def trained():
+            return history.exists() and history.read_text().count("\n") > 2
+
+        pods.wait(second, trained, "epochs", pods.TENSORFLOW)
         second.send_signal(signal.SIGTERM)
-        assert [end(first)[0], end(second)[0]] == [75, 75]
+        assert [end(one, pods.TENSORFLOW)[0] for one in (first, second)] == [75, 75]
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome["exit_code"] == 75
     assert "SIGTERM on rank 1" in outcome["reason"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{outcome['step']:010d}").is_dir()
     with contextlib.ExitStack() as stack:
         first, second = nodes(stack, outcome["epoch"] + 2)
-        code, said = end(first)
+        code, said = end(first, pods.TENSORFLOW)
         assert code == 0, said
         assert f"Epoch {outcome['epoch'] + 2}/" in said
         assert "Epoch 1/" not in said
-        assert end(second)[0] == 0
+        assert end(second, pods.TENSORFLOW)[0] == 0

@@ -1,4 +1,4 @@
-"""What stands in the manifests, and what is refused before."""
+"""What stands in the manifests."""
 
 from __future__ import annotations
 
@@ -7,32 +7,11 @@ import hashlib
 import pytest
 import yaml
 
-from orchestrator.config import SettingError
 from orchestrator.kubernetes.render import as_yaml, render
 
 from . import cases
-from .cases import pod_of, rendered, settings
-
-TARGETS = ("mpijob", "job", "trainjob")
-
-
-def all_pods(manifests):
-    found = []
-    for one in manifests.values():
-        if one["kind"] == "MPIJob":
-            found += [replica["template"] for replica in one["spec"]["mpiReplicaSpecs"].values()]
-        elif one["kind"] == "Job":
-            found.append(one["spec"]["template"])
-        elif one["kind"] == "TrainingRuntime":
-            jobs = one["spec"]["template"]["spec"]["replicatedJobs"]
-            found += [job["template"]["spec"]["template"] for job in jobs]
-    return found
-
-
-def refusal(target="mpijob", **sections):
-    with pytest.raises(SettingError) as caught:
-        render(settings(**sections), target)
-    return str(caught.value)
+from .cases import TARGETS, all_pods, pod_of, rendered, settings
+from .kubelet import environment, expanded
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -138,6 +117,16 @@ def test_exit_75_and_drained_nodes_do_not_count_as_failures():
     assert rules[0]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
+def test_all_lost_workers_of_a_trainjob_count_as_restarts():
+    kubernetes = {"nodes": 3, "max_restarts": 20}
+    runtime = rendered("trainjob", kubernetes=kubernetes)["TrainingRuntime"]
+    jobs = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert {job["name"]: job["template"]["spec"]["backoffLimit"] for job in jobs} == {
+        "launcher": 20,
+        "node": 60,
+    }
+
+
 def test_the_settings_are_mounted_and_their_checksum_starts_pods_anew():
     first, second = rendered("mpijob"), rendered("mpijob", train={"epochs": 4})
     text = first["ConfigMap"]["data"]["settings.yaml"]
@@ -224,11 +213,34 @@ def test_queue_priority_places_and_times():
     assert {one["metadata"]["namespace"] for one in manifests.values()} == {"ml"}
 
 
-def test_texts_reach_the_container_as_they_are():
-    manifests = rendered("job", kubernetes={"env": {"A": "$(HOME) ${B} $C"}, "command": ["$(x)"]})
+TEXTS = ("$(HOME) ${B} $C", "echo $$", "$$(A)", "$$$", "$", "a)$(", "kill $$; echo $(A)$", "$(")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_reach_the_container_as_they_are(text):
+    manifests = rendered("job", kubernetes={"env": {"A": text}, "command": ["sh", "-c", text]})
     container = pod_of(manifests["Job"])["spec"]["containers"][0]
-    assert {"name": "A", "value": "$$(HOME) ${B} $C"} in container["env"]
-    assert container["command"][-1] == "$$(x)"
+    env = environment(container["env"], {})
+    assert env["A"] == text
+    assert expanded(container["command"][-1], env) == text
+
+
+@pytest.mark.parametrize("target", ["mpijob", "trainjob"])
+def test_a_launcher_has_the_users_variables_and_no_secret(target):
+    """What starts ranks elsewhere hands them its own variables, over those of their pod."""
+    kubernetes = {"env": {"HOME": "/tmp/me", "A": "$1"}, "credentials_secret": "s3-keys"}
+    launcher, worker = (
+        next(
+            pod["spec"]["containers"][0]
+            for pod in all_pods(rendered(target, kubernetes=kubernetes))
+            if pod["metadata"]["labels"]["app.kubernetes.io/component"] == role
+        )
+        for role in ("launcher", "worker")
+    )
+    assert launcher["env"] == worker["env"]
+    assert {"name": "HOME", "value": "/tmp/me"} in launcher["env"]
+    assert "envFrom" in worker
+    assert "envFrom" not in launcher
 
 
 def test_a_users_variable_wins_and_stands_once():
@@ -242,39 +254,3 @@ def test_yaml_is_read_back(target):
     manifests = render(settings(), target)
     assert list(yaml.safe_load_all(as_yaml(manifests))) == manifests
     assert "&id" not in as_yaml(manifests)
-
-
-@pytest.mark.parametrize(
-    ("target", "sections", "words"),
-    [
-        ("mpijob", {"kubernetes": {"image": None}}, "kubernetes.image is not set"),
-        ("mpijob", {"kubernetes": {"shm": "8192Mi"}}, "kubernetes.shm=8192Mi"),
-        ("mpijob", {"kubernetes": {"ranks_per_node": 3}}, "kubernetes.gpus_per_node=2"),
-        ("mpijob", {"run": {"backend": "mirrored"}}, "run.backend=mirrored is one process"),
-        ("job", {"run": {"backend": "single"}}, "kubernetes.nodes=2"),
-        ("job", {"run": {"backend": "mpi"}}, "Use target mpijob"),
-        ("job", {"run": {"dir": "runs/a"}}, "run.dir='runs/a' cannot be written"),
-        ("job", {"run": {"dir": "/data/a"}}, "kubernetes.volume_claim"),
-        ("job", {"checkpoint": {"url": "/tmpfoo"}}, "checkpoint.url='/tmpfoo'"),
-        ("job", {"run": {"dir": "s3://me:secret@host/b"}}, "run.dir holds a credential"),
-        ("job", {"model": {"options": {"api_key": "x"}}}, "model.options.api_key holds"),
-        ("job", {"kubernetes": {"env": {"DB_PASSWORD": "x"}}}, "kubernetes.env.DB_PASSWORD"),
-        ("job", {"kubernetes": {"command": ["a", "AKIAABCDEFGHIJKLMNOP"]}}, "command.1 holds"),
-        ("job", {"kubernetes": {"volume_path": "/tmp"}}, "volume_path=/tmp is taken"),
-        ("job", {"kubernetes": {"queue_priority": "p"}}, "kubernetes.queue"),
-        ("job", {"kubernetes": {"service_account_annotations": {"a": "b"}}}, "service_account"),
-        ("job", {"run": {"preempt_grace": float("inf")}}, "run.preempt_grace=inf"),
-        ("pods", {}, "target='pods' is not allowed: one of mpijob, job, trainjob"),
-    ],
-)
-def test_refused(target, sections, words):
-    said = refusal(target, **sections)
-    assert words in said
-    assert len(said.splitlines()) == 1
-    for value in ("secret@", "AKIA"):
-        assert value not in said
-
-
-def test_all_that_is_wrong_is_said_at_once():
-    said = refusal(kubernetes={"image": None, "shm": "9Gi"}, run={"dir": "runs/a"})
-    assert len(said.splitlines()) == 3

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def ready(port):
         return False
 
 
+def end(worker):
+    """SIGTERM to PID 1 of the pod alone, as the kubelet does."""
+    (child,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+
+
+def rank(tmp, name="rank"):
+    """A rank's command, and where it leaves word."""
+    (tmp / name).mkdir()
+    os.chmod(tmp / name, 0o777)
+    return shlex.join([PYTHON, "/tmp/rank.py", f"/tmp/{name}"]), tmp / name
+
+
 def test_a_preempted_pod_ends_in_a_commit(pod):
     command, ssh, tmp, port = pod
     with pods.running(*command, POD_SECRET="of the pod", PATH=os.environ["PATH"]) as worker:
@@ -98,17 +112,42 @@ def test_a_preempted_pod_ends_in_a_commit(pod):
         asked = "id -u; echo $POD_SECRET; touch /etc/orchestrator-was-here || echo read-only"
         said = subprocess.run([*ssh, asked], capture_output=True, text=True, timeout=30)
         assert said.stdout.split("\n")[:3] == [str(UID), "of the pod", "read-only"], said.stderr
-        (tmp / "rank").mkdir()
-        os.chmod(tmp / "rank", 0o777)
-        rank = shlex.join([PYTHON, "/tmp/rank.py", "/tmp/rank"])
-        with pods.running(*ssh, f"cd /tmp && {rank}") as session:
-            pods.wait(session, (tmp / "rank" / "started").exists, "the rank starts")
-            # To PID 1 of the pod alone, as the kubelet does.
-            (child,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-            os.kill(int(child), signal.SIGTERM)
+        started, left = rank(tmp)
+        with pods.running(*ssh, f"cd /tmp && {started}") as session:
+            pods.wait(session, (left / "started").exists, "the rank starts")
+            end(worker)
             session.communicate(timeout=pods.DEADLINE)
             assert session.returncode == 75
         said, _ = worker.communicate(timeout=pods.DEADLINE)
-    assert (tmp / "rank" / "committed").read_text() == "1"
+    assert (left / "committed").read_text() == "1"
     assert worker.returncode == 143, said
     assert "told 1 processes" in said
+
+
+def test_the_ranks_of_mpiexec_commit_too(pod, folder):
+    """Its proxy, which swallows the signal, stands between sshd and the ranks."""
+    command, ssh, tmp, port = pod
+    # Where the pod's user may go.
+    for program in ("mpiexec", "hydra_pmi_proxy"):
+        shutil.copy(Path(sys.executable).parent / program, folder / program)
+    way = folder / "ssh"
+    way.write_text(f'#!/bin/sh\nshift 2  # -x HOST\nexec {shlex.join(ssh)} "$@"\n')
+    way.chmod(0o755)
+    first, second = rank(tmp, "first"), rank(tmp, "second")
+    words = [str(folder / "mpiexec"), "-launcher", "ssh", "-launcher-exec", str(way)]
+    words += ["-localhost", "127.0.0.1", "-hosts", "worker-0", "-wdir", "/tmp"]
+    words += ["-n", "1", *shlex.split(first[0]), ":", "-n", "1", *shlex.split(second[0])]
+    with pods.running(*command, POD_SECRET="of the pod", PATH=os.environ["PATH"]) as worker:
+        pods.wait(worker, lambda: ready(port), "sshd answers")
+        with pods.running(*words) as launcher:
+            for _, left in (first, second):
+                pods.wait(launcher, (left / "started").exists, "the ranks start")
+            end(worker)
+            said, _ = worker.communicate(timeout=pods.DEADLINE)
+            printed, _ = launcher.communicate(timeout=pods.DEADLINE)
+    assert "told 2 processes" in said
+    for _, left in (first, second):
+        assert (left / "started").read_text() == "of the pod"
+        assert (left / "committed").read_text() == "1"
+    assert launcher.returncode == 75, printed
+    assert worker.returncode == 143

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,46 @@ def test_under_orchestrator_launch_the_stand_in_is_told(rank, tmp_path):
     assert "told 1 processes" in said
     assert (folder / "committed").read_text() == "1"
     assert (folder / "code").read_text() == "75\n"
+
+
+# What mpiexec takes for ssh: the command reaches the worker as sshd would have it run.
+SSH = """\
+#!/bin/sh
+shift 2  # -x HOST
+exec env -i PATH=/nonesuch SSH_ORIGINAL_COMMAND="$*" {python} {session} {worker}
+"""
+BIN = Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("by", ["mpiexec", "orchestrator launch"])
+def test_under_mpiexec_the_ranks_are_told_and_not_its_proxy(tmp_path, by):
+    (tmp_path / "rank.py").write_text(pods.RANK)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    ssh = tmp_path / "ssh"
+    command = f"exec {sys.executable} {tmp_path}/rank.py {tmp_path}/$PMI_RANK"
+    where = ["-launcher", "ssh", "-launcher-exec", str(ssh), "-hosts", "worker-0"]
+    words = [BIN / "mpiexec", "-n", "2", *where]
+    if by == "orchestrator launch":
+        words = [BIN / "orchestrator", "launch", "-np", "2", "--mpi"]
+        words += ["--launcher-args", shlex.join(where), "--"]
+    with worker() as process:
+        session = pods.SCRIPTS / "session.py"
+        ssh.write_text(SSH.format(python=sys.executable, session=session, worker=process.pid))
+        ssh.chmod(0o755)
+        with pods.running(*words, "sh", "-c", command) as launcher:
+            for folder in folders:
+                pods.wait(launcher, (folder / "started").exists, "ranks start")
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=pods.DEADLINE)
+            printed, _ = launcher.communicate(timeout=pods.DEADLINE)
+    assert "told 2 processes" in said
+    for folder in folders:
+        assert (folder / "started").read_text() == "of the pod"
+        assert (folder / "committed").read_text() == "1"
+    assert launcher.returncode == 75, printed
+    assert process.returncode == 143
 
 
 def test_what_does_not_end_is_killed_after_the_grace(rank):
