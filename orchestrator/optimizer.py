@@ -39,13 +39,13 @@ class ReducedApply:
         if order:
             own = [grads[i] for i in order]
 
-            def reduce() -> list[Any]:
+            def reduce(own: list[Any]) -> list[Any]:
                 if self._optimizer.gradient_accumulation_steps:
                     return self._accumulated(own, self._accumulators(variables, order))
                 return self.reduction.mean(own)
 
             times = self.reduction.times
-            reduced = reduce() if times is None else times.reducing(own, reduce)
+            reduced = reduce(own) if times is None else times.reducing(own, reduce)
             for i, grad in zip(order, reduced, strict=True):
                 grads[i] = grad
         self._apply(grads, variables)

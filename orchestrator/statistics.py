@@ -163,4 +163,4 @@ class _GlobalMoments:
 
     def _sum(self, value: tf.Tensor, name: str) -> tf.Tensor:
         sums = self._communicator.sum_gradients
-        return self._times.reducing([value], lambda: sums([[value]], name))[0][0]
+        return self._times.reducing([value], lambda own: sums([own], name))[0][0]

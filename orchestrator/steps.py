@@ -77,10 +77,11 @@ class Steps:
 
         @tf.autograph.experimental.do_not_convert
         def wrapped(data: Any) -> Any:
+            if training:
+                data = self._times.arrived(data)
             count, _ = empty_parts.batch_size(data)
             state = additive.state_variables(model)
             if training:
-                self._times.arrived(data)
                 statistics.synchronize(model, self._communicator, self._times)
                 state += _of_this_rank(model)
                 self.statistics.saw(count)

@@ -81,17 +81,32 @@ class Times:
         self._entered += time.time() - self._origin
         self._arrivals = steps == 1
 
-    def arrived(self, data: Any) -> None:
-        """Notes when this step's data are there; called while it is traced."""
-        with tf.control_dependencies(tf.nest.flatten(data)):
-            now = _now() - self._origin
-        self._arrived.assign_add(now, read_value=False)
+    def arrived(self, data: Any) -> Any:
+        """Notes when this step's data are there, and returns them; called while it is traced.
 
-    def reducing(self, own: Sequence[Any], reduce: Callable[[], T]) -> T:
-        """Calls `reduce`, whose time from `own` to its result is noted; while a step is traced."""
+        The first tensor waits until the clock is read: to do more at once another thread would be
+        woken, which takes longer.
+        """
+        first, *others = tf.nest.flatten(data, expand_composites=True)
+        with tf.control_dependencies([first, *others]):
+            now = _now()
+        self._arrived.assign_add(now - self._origin, read_value=False)
+        with tf.control_dependencies([now]):
+            first = tf.identity(first)
+        return tf.nest.pack_sequence_as(data, [first, *others], expand_composites=True)
+
+    def reducing(self, own: Sequence[Any], reduce: Callable[[list[Any]], T]) -> T:
+        """Calls `reduce(own)`, whose time from when these are there is noted.
+
+        While a step is traced. The last of `own`, which is best the one that is there last, waits
+        until the clock is read, as in `arrived`.
+        """
+        *others, last = own
         with tf.control_dependencies(_tensors(own)):
             ready = _now()
-        reduced = reduce()
+        with tf.control_dependencies([ready]):
+            last = _same(last)
+        reduced = reduce([*others, last])
         with tf.control_dependencies(_tensors(reduced)):
             self._reduction.assign_add(_now() - ready, read_value=False)
         return reduced
@@ -116,6 +131,12 @@ class Times:
 def _sum() -> Any:
     with tf.init_scope(), tf.device("/CPU:0"):
         return tf.Variable(tf.zeros([], tf.float64), trainable=False)
+
+
+def _same(value: Any) -> Any:
+    if isinstance(value, tf.IndexedSlices):
+        return tf.IndexedSlices(tf.identity(value.values), value.indices, value.dense_shape)
+    return tf.identity(value)
 
 
 def _tensors(values: Any) -> list[Any]:

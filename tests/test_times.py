@@ -72,7 +72,7 @@ def test_the_graph_reads_the_clock(waits):
         data = tf.numpy_function(late(0.06), [x], tf.float32)
         times.arrived({"x": data})
         own = [2 * data]
-        return times.reducing(own, lambda: [tf.numpy_function(late(0.03), own, tf.float32)])[0]
+        return times.reducing(own, lambda own: [tf.numpy_function(late(0.03), own, tf.float32)])[0]
 
     times.begin(1)
     step(tf.ones([2]))

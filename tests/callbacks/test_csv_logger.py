@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from typing import Any, cast
 
 import fsspec
 import keras
@@ -158,7 +159,7 @@ def test_without_validation_rates_have_no_column_of_it(tmp_path):
 
 def test_an_array_of_several_axes_stays_in_its_line(tmp_path):
     path = tmp_path / "log.csv"
-    fit(make(), Script([np.arange(60.0).reshape(2, 30)]), callbacks.CSVLogger(str(path)))
+    fit(make(), Script(cast(Any, [np.arange(60.0).reshape(2, 30)])), callbacks.CSVLogger(str(path)))
     assert len(path.read_text().splitlines()) == 2
     (row,) = read(path)
     assert row["val_loss"] == f'"[{", ".join(f"{n}.0" for n in range(60))}]"'
