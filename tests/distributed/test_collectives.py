@@ -45,7 +45,8 @@ def test_one_allreduce_an_evaluation_and_one_group_a_bucket_and_step(tmp_path):
     # Five metrics and the loss, training and validation: one allreduce an epoch.
     assert counts["HorovodAllreduce"] == 2 * EPOCHS
     # Once a run, whatever its length: the seed (two), and for each model its weights; two for
-    # each object that is compared (both calls of `shard`, the first step's weights).
+    # whether all have their GPU, and for each object that is compared (both calls of `shard`, the
+    # first step's weights).
     assert counts["HorovodBroadcast"] == 2 + 2
-    assert counts["HorovodAllgather"] == 2 * 6
+    assert counts["HorovodAllgather"] == 2 * (1 + 6)
     assert len(counts) == len(plain) + len(accumulating) + 1 + 3
