@@ -134,7 +134,9 @@ def test_the_ranks_of_mpiexec_commit_too(pod, folder):
     way.write_text(f'#!/bin/sh\nshift 2  # -x HOST\nexec {shlex.join(ssh)} "$@"\n')
     way.chmod(0o755)
     first, second = rank(tmp, "first"), rank(tmp, "second")
-    words = [str(folder / "mpiexec"), "-launcher", "ssh", "-launcher-exec", str(way)]
+    # From a folder that the pod has, too, wherever this project lies.
+    words = ["env", "--chdir=/tmp", str(folder / "mpiexec")]
+    words += ["-launcher", "ssh", "-launcher-exec", str(way)]
     words += ["-localhost", "127.0.0.1", "-hosts", "worker-0", "-wdir", "/tmp"]
     words += ["-n", "1", *shlex.split(first[0]), ":", "-n", "1", *shlex.split(second[0])]
     with pods.running(*command, POD_SECRET="of the pod", PATH=os.environ["PATH"]) as worker:
