@@ -15,6 +15,7 @@ from orchestrator import callbacks as ours
 from orchestrator import storage
 from orchestrator.checkpoint import retention
 from orchestrator.config import SettingError, Settings, UserFunction, nearest
+from orchestrator.preemption import check_notice
 
 # Done in each run anyway; or given functions or callbacks, which a settings file cannot hold.
 _NOT_IN_SETTINGS = (
@@ -126,6 +127,8 @@ def store_url(settings: Settings) -> str:
 def _checkpoint(settings: Settings) -> Callable[..., ours.StoreCheckpoint]:
     """The callback that saves to the store, to be made once it is known what to go on from."""
     asked = settings.checkpoint
+    if settings.run.preempt_notice is not None:
+        check_notice(settings.run.preempt_notice)
     save: list[retention.Save] = []
     save += [retention.EveryEpochs(asked.every_epochs)] if asked.every_epochs else []
     save += [retention.EverySteps(asked.every_steps)] if asked.every_steps else []

@@ -114,21 +114,19 @@ def recorded_refusal(settings: Settings, runtime: Runtime) -> Iterator[None]:
         yield
     except SettingError as error:
         if earlier:
-            with contextlib.suppress(OSError):  # the refusal matters more
+            with contextlib.suppress(Exception):  # the refusal matters more
                 write_outcome(settings.run.dir, 2, f"SettingError: {error}")
         raise
 
 
 def _forget_outcome(run_dir: str) -> bool:
     """Whether there was one; not, where that cannot be found out: who opens the directory says."""
-    try:
+    with contextlib.suppress(Exception):  # a client's own, too
         fs, path = storage.resolve(storage.join(run_dir, "outcome.json"))
-        found = fs.exists(path)
-        if found:
+        if fs.exists(path):
             fs.rm_file(path)
-    except Exception:  # noqa: BLE001 - a client's own errors
-        return False
-    return found
+            return True
+    return False
 
 
 def _no_run_directory(settings: Settings, error: Exception) -> SettingError:

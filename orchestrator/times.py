@@ -87,13 +87,15 @@ class Times:
         The first tensor waits until the clock is read: to do more at once another thread would be
         woken, which takes longer.
         """
-        first, *others = tf.nest.flatten(data, expand_composites=True)
-        with tf.control_dependencies([first, *others]):
+        leaves = tf.nest.flatten(data, expand_composites=True)
+        tensors = [i for i, leaf in enumerate(leaves) if tf.is_tensor(leaf)]  # or `None`, a number
+        with tf.control_dependencies([leaves[i] for i in tensors]):
             now = _now()
         self._arrived.assign_add(now - self._origin, read_value=False)
         with tf.control_dependencies([now]):
-            first = tf.identity(first)
-        return tf.nest.pack_sequence_as(data, [first, *others], expand_composites=True)
+            for first in tensors[:1]:
+                leaves[first] = tf.identity(leaves[first])
+        return tf.nest.pack_sequence_as(data, leaves, expand_composites=True)
 
     def reducing(self, own: Sequence[Any], reduce: Callable[[list[Any]], T]) -> T:
         """Calls `reduce(own)`, whose time from when these are there is noted.

@@ -93,3 +93,19 @@ def test_data_of_several_steps_a_call_are_not_told(waits):
     for _ in range(4):
         times.arrived([tf.zeros([])])
     assert times.take().data == 0.0
+
+
+def test_data_that_hold_more_than_tensors(waits):
+    """As of `train_on_batch` without sample weights."""
+    times = Times(waits)
+
+    @tf.function
+    def step(x):
+        data = {"x": x, "ragged": tf.RaggedTensor.from_row_lengths(x, [1, 2]), "weights": None}
+        return times.arrived((data, 3))
+
+    data, number = step(tf.constant([1.0, 2.0, 3.0]))
+    assert data["x"].numpy().tolist() == [1, 2, 3]
+    assert data["ragged"].to_list() == [[1], [2, 3]]
+    assert (data["weights"], int(number)) == (None, 3)
+    assert times.arrived((None, 3)) == (None, 3)

@@ -374,6 +374,7 @@ BEFORE = [  # known before anything is made: there is no run directory
     (["train.epoch=3"], "train.epoch is not a setting. Did you mean train.epochs?"),
     (["train.epochs=none"], "train.epochs='none' is not allowed"),
     (["run.backend=nccl"], "run.backend='nccl'"),
+    (["run.preempt_notice=nonesuch://x/y"], "nonesuch://x/y: "),
     (["checkpoint.every_epoch=1"], "Did you mean checkpoint.every_epochs?"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last=0 is not allowed"),
     (["epochs"], "Write key=value"),

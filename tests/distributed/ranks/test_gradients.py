@@ -342,3 +342,24 @@ def test_two_optimizers(runtime, note):
 def test_one_of_two_optimizers_not_distributed_is_found(runtime):
     with pytest.raises(DivergedError, match="the optimizer is not distributed"):
         weights_of(runtime, lambda r: pair(r, second=False), problems.digits(113))
+
+
+def test_train_on_batch(runtime):
+    """A loop of one's own over uneven parts, with sample weights and without."""
+    x, y = problems.digits(24)
+    w = np.linspace(0.5, 2, 24, dtype="float32")
+
+    def trained(of: Runtime) -> list[np.ndarray]:
+        model = problems.mlp(16, seed=3)
+        optimizer = of.distribute(keras.optimizers.SGD(0.1))
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        of.broadcast(model)
+        parts = np.array_split(np.arange(24), of.size)[of.rank]
+        for weights in (None, None, w[parts]):
+            model.train_on_batch(x[parts], y[parts], weights)
+        return model.get_weights()
+
+    ours = trained(runtime)
+    everyone = runtime.communicator.allgather_object(problems.bits(ours))
+    assert everyone == [everyone[0]] * runtime.size
+    assert problems.worst(ours, trained(problems.alone())) <= 1e-6
