@@ -101,7 +101,7 @@ def test_data_that_hold_more_than_tensors(waits):
 
     @tf.function
     def step(x):
-        data = {"x": x, "ragged": tf.RaggedTensor.from_row_lengths(x, [1, 2]), "weights": None}
+        data = {"x": x, "ragged": tf.ragged.constant([[1.0], [2.0, 3.0]]), "weights": None}
         return times.arrived((data, 3))
 
     data, number = step(tf.constant([1.0, 2.0, 3.0]))
